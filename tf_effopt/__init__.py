@@ -1,0 +1,35 @@
+"""Optimizers for Keras 3 that are right, compiled and distributed.
+
+>>> import keras, tf_effopt
+>>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+>>> model.compile(optimizer=tf_effopt.AdamW(1e-3, weight_decay=0.05), loss="mse")
+"""
+
+try:
+    import keras as _keras  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "Keras could not load its backend. Install TensorFlow by one of the extras "
+        "`pip install 'tf_effopt[cpu]'`, `[gpu]` or `[tpu]`; or choose a backend "
+        "that is installed, by the environment variable KERAS_BACKEND=jax or "
+        "KERAS_BACKEND=torch."
+    ) from error
+
+from tf_effopt import callbacks, hyperparameters
+from tf_effopt.base import Optimizer
+from tf_effopt.loss_scale import LossScaleOptimizer
+from tf_effopt.optimizers import SGD, Adam, AdamW, GradientDescent, RMSprop
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "GradientDescent",
+    "LossScaleOptimizer",
+    "Optimizer",
+    "RMSprop",
+    "callbacks",
+    "hyperparameters",
+]

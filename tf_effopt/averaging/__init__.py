@@ -1,0 +1,1 @@
+"""What keeps a second copy of the weights."""

@@ -1,0 +1,35 @@
+"""How a step runs. The only place that knows a backend or a strategy.
+
+`stages` says what an update is; the engine of the backend in use brings it
+the gradients and writes what it returns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from tf_effopt.engine.base import Engine
+
+
+def create(optimizer: Any) -> Engine:
+    """Returns the engine of Keras's current backend."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        from tf_effopt.engine.tensorflow import TensorFlowEngine
+
+        return TensorFlowEngine(optimizer)
+    if backend in ("jax", "torch"):
+        from tf_effopt.engine.portable import PortableEngine
+
+        return PortableEngine(optimizer)
+    raise ValueError(
+        "tf_effopt runs on Keras's backends 'tensorflow', 'jax' and 'torch'. "
+        f"Received: KERAS_BACKEND={backend!r}"
+    )
+
+
+def is_sparse(gradient: Any) -> bool:
+    """Whether a gradient holds rows only (`tf.IndexedSlices`)."""
+    return hasattr(gradient, "indices") and hasattr(gradient, "dense_shape")

@@ -1,0 +1,45 @@
+"""The private names of Keras and TensorFlow that the engine leans on.
+
+All of them are used only through this list: `missing()` is what a test, and
+an import under a newer Keras, looks at.
+"""
+
+from __future__ import annotations
+
+import keras
+
+# On `keras.optimizers.Optimizer` and its instances.
+OPTIMIZER_CLASS = (
+    "_check_variables_are_known",
+    "_get_current_learning_rate",
+    "_get_variable_index",
+    "_overwrite_variable_with_gradient",
+    "_overwrite_variables_directly_with_gradients",
+    "_var_key",
+)
+OPTIMIZER_INSTANCE = (
+    "_iterations",
+    "_learning_rate",
+    "_trainable_variables",
+    "_trainable_variables_indices",
+    "_variables",
+)
+# Set by `build`, read by `keras.callbacks.SwapEMAWeights` and by Keras's
+# checkpoints under these names.
+STATE = ("_model_variables_moving_average", "_accumulated_gradients")
+
+
+def missing() -> list[str]:
+    """The names of this list that the installed Keras doesn't have."""
+    cls = keras.optimizers.Optimizer
+    absent = [f"Optimizer.{name}" for name in OPTIMIZER_CLASS if not hasattr(cls, name)]
+    optimizer = cls(learning_rate=0.1)
+    absent += [
+        f"Optimizer().{name}"
+        for name in OPTIMIZER_INSTANCE
+        if not hasattr(optimizer, name)
+    ]
+    averaged = cls(learning_rate=0.1, use_ema=True, gradient_accumulation_steps=2)
+    averaged.build([keras.Variable([0.0])])
+    absent += [f"Optimizer().{name}" for name in STATE if not hasattr(averaged, name)]
+    return absent

@@ -1,0 +1,277 @@
+"""Hyper-parameters: checked when they are set, changeable while training.
+
+A class lists its hyper-parameters as attributes:
+
+    class Adam(Optimizer):
+        beta_1 = DecayRate()
+        epsilon = Positive()
+        amsgrad = Switch()
+
+and assigns them in its constructor. Each assignment, then and later, is
+checked here, and reaches the compiled update without compiling it again.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+
+class Hyperparameter:
+    """A named setting of an optimizer; the base of the kinds below."""
+
+    expected = "anything"
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        if optimizer is None:
+            return self
+        try:
+            return optimizer.__dict__["_hyperparameters"][self.name]
+        except KeyError:
+            # `AutoTrackable` reads an attribute before its first assignment.
+            raise AttributeError(
+                f"'{type(optimizer).__name__}' object has no attribute '{self.name}'"
+            ) from None
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        value = self.check(value)
+        values = optimizer.__dict__.setdefault("_hyperparameters", {})
+        if optimizer.__dict__.get("built") and self.name in values:
+            if self.structure(value) != self.structure(values[self.name]):
+                raise ValueError(
+                    f"`{self.name}` can't change from "
+                    f"{values[self.name]!r} to {value!r} after the optimizer "
+                    "was built: it decides which state and which operations "
+                    "the compiled update has. Make a new optimizer with "
+                    f"{self.name}={value!r}; `carry_over(variables)` shows "
+                    "how to keep the state."
+                )
+            optimizer._engine.set_hyperparameter(self.name, value)
+        values[self.name] = value
+
+    def check(self, value: Any) -> Any:
+        """Returns `value` as it is to be kept, or raises `ValueError`."""
+        raise NotImplementedError
+
+    def structure(self, value: Any) -> Any:
+        """What of `value` is fixed once the optimizer is built."""
+        raise NotImplementedError
+
+    def error(self, value: Any) -> ValueError:
+        return ValueError(
+            f"`{self.name}` must be {self.expected}. Received: {self.name}={value!r}"
+        )
+
+
+class Number(Hyperparameter):
+    """A real number in a range. It may change while training.
+
+    Args:
+        low, high: the range; `None` is no bound.
+        open_low, open_high: whether the bound itself is excluded.
+        optional: whether `None` is allowed and means "off".
+        zero_is_off: whether 0, too, means "off": there, the optimizer keeps
+            no state and runs no operation for this setting.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    open_low = False
+    open_high = False
+
+    def __init__(self, optional: bool = False, zero_is_off: bool = False):
+        self.optional = optional
+        self.zero_is_off = zero_is_off
+
+    @property
+    def expected(self) -> str:
+        low, high = self.low, self.high
+        if low is None:
+            text = "a finite number"
+        elif high is None:
+            text = f"a number {'above' if self.open_low else 'of at least'} {low}"
+        else:
+            text = (
+                f"in {'(' if self.open_low else '['}{low}, "
+                f"{high}{')' if self.open_high else ']'}"
+            )
+        return text + (" or None" if self.optional else "")
+
+    def check(self, value: Any) -> float | None:
+        if value is None and self.optional:
+            return None
+        # NumPy's scalars and 0-d arrays are numbers, too.
+        real = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
+        if not real or isinstance(value, bool | np.bool_):
+            raise self.error(value)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise self.error(value) from None
+        inside = math.isfinite(number)
+        if self.low is not None:
+            inside &= number > self.low or (number == self.low and not self.open_low)
+        if self.high is not None:
+            inside &= number < self.high or (number == self.high and not self.open_high)
+        if not inside:
+            raise self.error(value)
+        return number
+
+    def structure(self, value: float | None) -> bool:
+        return self.is_off(value)
+
+    def is_off(self, value: float | None) -> bool:
+        return value is None or (self.zero_is_off and value == 0)
+
+    def as_rule_argument(self, value: Any, complement: Any) -> Any:
+        """What a rule receives: a scalar tensor.
+
+        Args:
+            value, complement: scalar tensors, the number and 1 minus it.
+        """
+        return value
+
+
+class Positive(Number):
+    """Above 0."""
+
+    low, open_low = 0, True
+
+
+class NonNegative(Number):
+    """0 or above."""
+
+    low = 0
+
+
+class Fraction(Number):
+    """In [0, 1]."""
+
+    low, high = 0, 1
+
+
+class DecayRate(Number):
+    """The share of an average that one update keeps, in [0, 1).
+
+    A rule receives a `Decay`, in which `1 - beta` and `1 - beta**t` are right
+    to rounding.
+
+    Args:
+        allow_one: whether 1, an average that never moves, is allowed.
+    """
+
+    low, high, open_high = 0, 1, True
+
+    def __init__(self, allow_one: bool = False):
+        super().__init__()
+        self.open_high = not allow_one
+
+    def as_rule_argument(self, value: Any, complement: Any) -> Decay:
+        return Decay(value, complement)
+
+
+class Count(Number):
+    """A whole number, or None; 0, too, means "off".
+
+    Args:
+        low: the smallest allowed.
+        fixed: whether it can't change once the optimizer is built.
+    """
+
+    def __init__(self, low: int, fixed: bool = False):
+        super().__init__(optional=True, zero_is_off=True)
+        self.low = low
+        self.fixed = fixed
+
+    @property
+    def expected(self) -> str:
+        return f"an integer of at least {self.low} or None"
+
+    def check(self, value: Any) -> int | None:
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise self.error(value)
+        if value != 0 and value < self.low:
+            raise self.error(value)
+        return int(value)
+
+    def structure(self, value: int | None) -> int | bool | None:
+        return (value or None) if self.fixed else self.is_off(value)
+
+
+class Switch(Hyperparameter):
+    """True or False, fixed once the optimizer is built."""
+
+    expected = "True or False"
+
+    def check(self, value: Any) -> bool:
+        if not isinstance(value, bool | np.bool_):
+            raise self.error(value)
+        return bool(value)
+
+    def structure(self, value: bool) -> bool:
+        return value
+
+
+class Choice(Hyperparameter):
+    """One of several strings, fixed once the optimizer is built."""
+
+    def __init__(self, *choices: str):
+        self.choices = choices
+
+    @property
+    def expected(self) -> str:
+        return "one of " + ", ".join(repr(choice) for choice in self.choices)
+
+    def check(self, value: Any) -> str:
+        if value not in self.choices:
+            raise self.error(value)
+        return value
+
+    def structure(self, value: str) -> str:
+        return value
+
+
+class Decay:
+    """A decay rate inside a rule: a number beta with an exact `1 - beta`.
+
+    In float32, 0.999 is off by so much that `1 - 0.999` is wrong by 1.3e-5
+    of itself. This keeps both numbers, each rounded once from float64.
+
+    Example:
+
+    >>> import keras
+    >>> beta = Decay(keras.ops.convert_to_tensor(0.999),
+    ...              keras.ops.convert_to_tensor(0.001))
+    >>> round(float(1 - beta**2), 9)
+    0.001999
+    """
+
+    def __init__(self, value: Any, complement: Any):
+        self.value = value
+        self.complement = complement
+        self._power: tuple[Any, Decay] | None = None
+
+    def __mul__(self, other: Any) -> Any:
+        return self.value * other
+
+    __rmul__ = __mul__
+
+    def __rsub__(self, one: Any) -> Any:
+        if one != 1:
+            raise TypeError(f"Only `1 - beta` is defined. Received: {one!r} - beta")
+        return self.complement
+
+    def __pow__(self, t: Any) -> Decay:
+        if self._power is None or self._power[0] is not t:
+            exponent = t * ops.log1p(-self.complement)
+            self._power = t, Decay(ops.exp(exponent), -ops.expm1(exponent))
+        return self._power[1]

@@ -1,0 +1,103 @@
+"""How weights are stored: the one rounding on write.
+
+The arithmetic of an update is done in the wider of float32 and the weight's
+dtype. What is written to a float32 or float64 variable is exact. In bfloat16,
+with 8 bits, a step of less than 1/256 of the weight is lost to rounding to
+nearest: the weight never moves. Here it isn't: `stochastic` rounding goes up
+or down with the probability that makes it right on average, `compensated`
+rounding (Kahan's) keeps what was lost in one more variable.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keras import ops
+
+MANTISSA_BITS = {"bfloat16": 7, "float16": 10}
+SMALLEST = {"bfloat16": 2.0**-133, "float16": 2.0**-24}  # above 0
+ROUNDINGS = ("stochastic", "compensated", "nearest")
+
+
+def compute_dtype(dtype: str) -> str:
+    """The dtype in which a weight of `dtype` is updated."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def is_narrow(dtype: str) -> bool:
+    """Whether writing a float32 tensor to `dtype` rounds it."""
+    return dtype in MANTISSA_BITS
+
+
+def store(value: Any, dtype: str, bits: Any = None) -> Any:
+    """Returns `value` in `dtype`, rounded stochastically if `bits` are given.
+
+    Args:
+        value: float32 or float64 tensor.
+        dtype: name of the dtype to write.
+        bits: None, or a tensor of random integers in [0, 65536) that
+            broadcasts to the shape of `value`.
+    """
+    if bits is None or not is_narrow(dtype):
+        return ops.cast(value, dtype)
+    quantum = _spacing(value, dtype)
+    # As many places as float32 has left behind `value / quantum`: with more,
+    # the sum itself would round, and move what needs no rounding.
+    places = 23 - MANTISSA_BITS[dtype]
+    chance = ops.cast(ops.right_shift(bits, 16 - places), value.dtype) / 2**places
+    rounded = ops.floor(value / quantum + chance) * quantum
+    # Infinities and NaN have no spacing.
+    return ops.cast(ops.where(ops.isfinite(rounded), rounded, value), dtype)
+
+
+def _spacing(value: Any, dtype: str) -> Any:
+    """The distance between the numbers of `dtype` around each of `value`."""
+    exponent = ops.bitwise_and(ops.view(value, "int32"), 0x7F800000)
+    power_of_two = ops.view(exponent, "float32")
+    # float32's smallest normal number bounds bfloat16's subnormal spacing.
+    smallest = max(SMALLEST[dtype], 2.0**-126)
+    return ops.maximum(power_of_two * 2.0 ** -MANTISSA_BITS[dtype], smallest)
+
+
+def random_bits(shape: tuple[int, ...], update: Any, variable: int) -> Any:
+    """Returns integers in [0, 65536), a hash of (update, variable, element).
+
+    The same eagerly, compiled, on each replica and on each of Keras's
+    backends: replicas that round with them stay equal.
+
+    Args:
+        shape: the shape to return.
+        update: int32 scalar, the number of this update.
+        variable: index of the variable in its optimizer.
+    """
+    size = 1
+    for length in shape:
+        size *= length
+    return ops.reshape(
+        hash_rows(ops.arange(size, dtype="int32"), update, variable), shape
+    )
+
+
+def hash_rows(elements: Any, update: Any, variable: int) -> Any:
+    """As `random_bits`, for the given element numbers (int32, any shape)."""
+    key = _mix(ops.cast(update, "int32") + _as_int32(0x9E3779B9 * (variable + 1)))
+    return ops.bitwise_and(_mix(ops.bitwise_xor(_mix(elements), key)), 0xFFFF)
+
+
+def _mix(x: Any) -> Any:
+    """A bijection of int32 in which each bit depends on all (lowbias32)."""
+    x = ops.bitwise_xor(x, _shift_right(x, 16)) * _as_int32(0x7FEB352D)
+    x = ops.bitwise_xor(x, _shift_right(x, 15)) * _as_int32(0x846CA68B)
+    return ops.bitwise_xor(x, _shift_right(x, 16))
+
+
+def _shift_right(x: Any, count: int) -> Any:
+    """A shift that brings in zeros; `>>` on int32 repeats the sign."""
+    mask = (1 << (32 - count)) - 1
+    return ops.bitwise_and(ops.right_shift(x, count), mask)
+
+
+def _as_int32(number: int) -> int:
+    """The int32 with the low 32 bits of `number`."""
+    number &= 0xFFFFFFFF
+    return number - (1 << 32) if number >> 31 else number

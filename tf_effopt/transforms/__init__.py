@@ -1,0 +1,1 @@
+"""What stands before or after a rule, whichever rule it is."""
