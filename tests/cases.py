@@ -1,0 +1,97 @@
+"""The optimizers, and one small model, that several test files go over."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+import tf_effopt
+
+
+@dataclass(frozen=True)
+class Case:
+    """One optimizer with its settings.
+
+    Attributes:
+        name: names the test.
+        make: makes ours; takes further arguments, and other values of its own.
+        keras: makes Keras's counterpart, or None where it has none.
+    """
+
+    name: str
+    make: Callable[..., tf_effopt.Optimizer]
+    keras: Callable[..., keras.optimizers.Optimizer] | None
+
+
+def _case(name: str, class_name: str, **settings: Any) -> Case:
+    theirs = getattr(keras.optimizers, class_name, None)
+    return Case(
+        name,
+        make=functools.partial(getattr(tf_effopt, class_name), **settings),
+        keras=theirs and functools.partial(theirs, **settings),
+    )
+
+
+CASES = [
+    _case("gradient_descent", "GradientDescent", learning_rate=0.01),
+    _case("sgd", "SGD", learning_rate=0.01),
+    _case("nesterov", "SGD", learning_rate=0.01, momentum=0.9, nesterov=True),
+    _case("adam", "Adam", learning_rate=0.01),
+    _case("amsgrad", "Adam", learning_rate=0.01, amsgrad=True),
+    _case("adamw", "AdamW", learning_rate=0.01, weight_decay=0.1),
+    _case("rmsprop", "RMSprop", learning_rate=0.01, momentum=0.9, centered=True),
+]
+BY_NAME = {case.name: case for case in CASES}
+WITH_COUNTERPART = [case for case in CASES if case.keras]
+
+rng = np.random.default_rng(0)
+X = rng.normal(size=(16, 4)).astype("float32")
+Y = (X @ rng.normal(size=(4, 2)) + 0.1).astype("float32")
+
+
+def small_model(dtype: str | None = None) -> keras.Sequential:
+    """Two dense layers, the same weights and paths at each call."""
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            _dense(3, seed=1, name="first", activation="tanh", dtype=dtype),
+            _dense(2, seed=2, name="second", dtype=dtype),
+        ],
+        name="small",
+    )
+
+
+def _dense(units: int, seed: int, **kwargs: Any) -> keras.layers.Dense:
+    initializer = keras.initializers.GlorotUniform(seed=seed)
+    return keras.layers.Dense(units, kernel_initializer=initializer, **kwargs)
+
+
+def compiled_model(
+    optimizer: Any, model: keras.Model | None = None, loss: Any = "mse"
+) -> keras.Model:
+    """Compiles the model for `optimizer`; the update alone goes through XLA."""
+    model = model or small_model()
+    model.compile(optimizer=optimizer, loss=loss, jit_compile=False)
+    return model
+
+
+def train(model: keras.Model, steps: int) -> keras.Model:
+    """Trains on the same batch, `steps` times."""
+    for _ in range(steps):
+        model.train_on_batch(X, Y)
+    return model
+
+
+def arrays(variables: Any) -> list[np.ndarray]:
+    """The values now, of a model's or an optimizer's variables."""
+    return [keras.ops.convert_to_numpy(v).copy() for v in variables]
+
+
+def by_name(case: Case) -> str:
+    """For `pytest.mark.parametrize(ids=...)`."""
+    return case.name

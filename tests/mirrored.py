@@ -1,0 +1,350 @@
+"""Compares `fit` on 2 mirrored replicas with `fit` on one device.
+
+    python tests/mirrored.py tf_effopt OUTPUT.json
+    python tests/mirrored.py keras.optimizers OUTPUT.json
+
+A process of its own: the devices are split at its start, and a collective
+that fails poisons the process; what may fail that way comes last.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tf_effopt
+
+optimizers = importlib.import_module(sys.argv[1])
+
+rng = np.random.default_rng(0)
+X = rng.normal(size=(64, 8)).astype("float32")
+Y = (X @ rng.normal(size=(8, 1)) + 1.0).astype("float32")
+# Each batch of 16 has ids that repeat in a replica and ids that both have.
+IDS = rng.integers(0, 6, size=(64, 3)).astype("int32")
+BATCH = 16
+
+
+def dense_model() -> keras.Model:
+    init = keras.initializers.GlorotUniform(seed=1)
+    return keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(16, activation="tanh", kernel_initializer=init),
+            keras.layers.Dense(1, kernel_initializer=init),
+        ]
+    )
+
+
+def table_model(one_hot: bool) -> keras.Model:
+    """An embedding, or the same as a product with one-hot rows."""
+    init = keras.initializers.RandomNormal(seed=2)
+    table = (
+        keras.layers.Dense(4, use_bias=False, kernel_initializer=init)
+        if one_hot
+        else keras.layers.Embedding(9, 4, embeddings_initializer=init)
+    )
+    shape = (3, 9) if one_hot else (3,)
+    return keras.Sequential(
+        [
+            keras.Input(shape, dtype="float32" if one_hot else "int32"),
+            table,
+            keras.layers.Flatten(),
+            keras.layers.Dense(1, kernel_initializer=keras.initializers.Ones()),
+        ]
+    )
+
+
+def fit(
+    replicas: int,
+    make_optimizer,
+    make_model=dense_model,
+    x=X,
+    y=Y,
+    strategy=None,
+    **compile_options,
+) -> keras.Model:
+    if replicas == 2:
+        scope = (strategy or tf.distribute.MirroredStrategy()).scope()
+    else:
+        scope = tf.distribute.get_strategy().scope()
+    with scope:
+        model = make_model()
+        optimizer = make_optimizer()
+        model.compile(optimizer, "mse", jit_compile=False, **compile_options)
+    model.fit(x, y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0)
+    return model
+
+
+def values(model: keras.Model) -> list[np.ndarray]:
+    """Weights, state, and each replica's own copy of the weights."""
+    variables = model.weights + model.optimizer.variables
+    return [keras.ops.convert_to_numpy(v) for v in variables]
+
+
+def difference(a: list, b: list) -> float:
+    return max(
+        float(np.max(np.abs(np.subtract(x, y, dtype="float64")), initial=0.0))
+        if np.all(np.isfinite(x))
+        else float("inf")
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def replicas_differ(model: keras.Model) -> float:
+    return max(
+        float(np.max(np.abs(v.value.values[0].numpy() - v.value.values[1].numpy())))
+        for v in model.trainable_variables
+    )
+
+
+def compare(make_optimizer, two_options=None, **options) -> dict:
+    two = fit(2, make_optimizer, **options, **(two_options or {}))
+    one = fit(1, make_optimizer, **options)
+    return {
+        "difference": difference(values(two), values(one)),
+        "replicas": replicas_differ(two),
+    }
+
+
+def adam(**options):
+    return lambda: optimizers.Adam(learning_rate=0.01, **options)
+
+
+def plain():
+    return compare(adam())
+
+
+def clipnorm():
+    return compare(adam(clipnorm=0.1))
+
+
+def clipvalue():
+    return compare(adam(clipvalue=0.05))
+
+
+def global_clipnorm():
+    # Momentum, not Adam: Adam's step hardly depends on the gradient's scale.
+    make = lambda: optimizers.SGD(0.05, momentum=0.9, global_clipnorm=0.1)
+    return compare(make)
+
+
+def accumulation():
+    return compare(adam(gradient_accumulation_steps=2))
+
+
+def accumulation_and_clipping():
+    return compare(adam(gradient_accumulation_steps=2, global_clipnorm=0.1))
+
+
+def ema_overwrite():
+    return compare(adam(use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=3))
+
+
+def repeated_ids():
+    """A table whose ids repeat moves as it does by its dense gradient."""
+    two = fit(2, adam(), lambda: table_model(one_hot=False), x=IDS)
+    rows = np.eye(9, dtype="float32")[IDS]
+    one = fit(1, adam(), lambda: table_model(one_hot=True), x=rows)
+    return {
+        "difference": difference(values(two), values(one)),
+        "replicas": replicas_differ(two),
+    }
+
+
+def bad_batch() -> np.ndarray:
+    """The second replica's half of one batch has an infinite gradient."""
+    x = X.copy()
+    x[2 * BATCH - 2, 0] = np.inf
+    return x
+
+
+def infinite_in_keras_wrapper():
+    """Weights and slots as on one device; Keras's scale isn't compared."""
+    make = lambda: keras.optimizers.LossScaleOptimizer(adam()())
+    two, one = fit(2, make, x=bad_batch()), fit(1, make, x=bad_batch())
+
+    def inner(model):
+        variables = model.weights + model.optimizer.inner_optimizer.variables
+        return [keras.ops.convert_to_numpy(v) for v in variables]
+
+    return {
+        "difference": difference(inner(two), inner(one)),
+        "replicas": replicas_differ(two),
+    }
+
+
+def steps_per_execution():
+    return compare(adam(), {"steps_per_execution": 2})
+
+
+# What only this package has.
+
+
+def infinite_in_our_wrapper():
+    """The scale falls, too: 8 steps, one of them bad in each of 2 epochs."""
+    make = lambda: tf_effopt.LossScaleOptimizer(adam()(), initial_scale=8.0)
+    result = compare(make, x=bad_batch())
+    model = fit(2, make, x=bad_batch())
+    result["scale"] = float(model.optimizer.dynamic_scale.numpy())
+    result["iterations"] = int(model.optimizer.iterations.numpy())
+    result["skipped"] = model.optimizer.inner_optimizer.skipped_steps
+    return result
+
+
+def everything_in_our_wrapper_and_a_loop():
+    make = lambda: tf_effopt.LossScaleOptimizer(
+        adam(global_clipnorm=0.1, gradient_accumulation_steps=2, use_ema=True)()
+    )
+    return compare(make, {"steps_per_execution": 2}, x=bad_batch())
+
+
+def our_wrapper_around_keras():
+    make = lambda: tf_effopt.LossScaleOptimizer(
+        keras.optimizers.Adam(0.01), initial_scale=8.0
+    )
+    return compare(make, x=bad_batch())
+
+
+def lazy_rows():
+    return compare(
+        adam(lazy=True, global_clipnorm=0.1),
+        make_model=lambda: table_model(one_hot=False),
+        x=IDS,
+    )
+
+
+def bfloat16_replicas_stay_equal():
+    def model():
+        return keras.Sequential(
+            [keras.Input((8,)), keras.layers.Dense(1, dtype="bfloat16")]
+        )
+
+    two = fit(2, adam(), model)
+    return {"difference": 0.0, "replicas": replicas_differ(two)}
+
+
+def other_reductions():
+    strategy = tf.distribute.MirroredStrategy(
+        cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )
+    return compare(adam(), {"strategy": strategy, "steps_per_execution": 2})
+
+
+def training_loop_without_build():
+    """A loop of one's own, whose first step builds the optimizer."""
+    strategy = tf.distribute.MirroredStrategy()
+    with strategy.scope():
+        model = dense_model()
+        optimizer = adam(global_clipnorm=0.1)()
+
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum((model(x) - y) ** 2) / BATCH
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)
+
+    @tf.function
+    def train(x, y):
+        strategy.run(step, args=(x, y))
+
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(BATCH)
+    for _ in range(2):
+        for x, y in strategy.experimental_distribute_dataset(data):
+            train(x, y)
+    one = fit(1, adam(global_clipnorm=0.1))
+    mine = [v.numpy() for v in model.weights]
+    return {
+        "difference": difference(mine, [v.numpy() for v in one.weights]),
+        "replicas": replicas_differ(model),
+    }
+
+
+def programs_per_replica():
+    """Two programs for two replicas, each traced once in 8 steps."""
+    model = fit(2, adam(global_clipnorm=0.1, use_ema=True))
+    programs = [p for ps in model.optimizer._engine._programs.values() for p in ps]
+    return {
+        "difference": 0.0,
+        "replicas": replicas_differ(model),
+        "programs": len(programs),
+        "devices": len({p.device for p in programs}),
+        "traces": [p.run_function.experimental_get_tracing_count() for p in programs],
+        "compiled": [p.run_function._jit_compile for p in programs],
+    }
+
+
+def mixed_strategies():
+    """Clear errors instead of TensorFlow's."""
+    found = []
+
+    def attempt(call):
+        try:
+            call()
+        except (ValueError, RuntimeError) as error:
+            found.append(str(error))
+
+    strategy = tf.distribute.MirroredStrategy()
+    outside = adam()()
+    with strategy.scope():
+        variable = keras.Variable([1.0])
+        inside = adam()()
+        inside.build([variable])
+    attempt(lambda: outside.build([variable]))
+    with strategy.scope():
+        attempt(lambda: inside.apply([tf.constant([1.0])], [variable]))
+    attempt(lambda: inside.apply([tf.constant([1.0])], [variable]))
+    return {"difference": 0.0, "replicas": 0.0, "errors": found}
+
+
+SHARED = [
+    plain,
+    clipnorm,
+    clipvalue,
+    global_clipnorm,
+    accumulation,
+    accumulation_and_clipping,
+    ema_overwrite,
+    repeated_ids,
+    infinite_in_keras_wrapper,
+    steps_per_execution,
+]
+OURS = [
+    infinite_in_our_wrapper,
+    everything_in_our_wrapper_and_a_loop,
+    our_wrapper_around_keras,
+    lazy_rows,
+    bfloat16_replicas_stay_equal,
+    other_reductions,
+    training_loop_without_build,
+    programs_per_replica,
+    mixed_strategies,
+]
+
+
+def main() -> None:
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    two = [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.set_logical_device_configuration(cpu, two)
+    results = {}
+    wanted = sys.argv[3:]
+    for scenario in SHARED + (OURS if optimizers is tf_effopt else []):
+        if wanted and scenario.__name__ not in wanted:
+            continue
+        try:
+            results[scenario.__name__] = scenario()
+        except Exception as error:  # noqa: BLE001 - the test that reads this reports it
+            results[scenario.__name__] = {"error": f"{type(error).__name__}: {error}"}
+    with open(sys.argv[2], "w") as file:
+        json.dump(results, file)
+
+
+if __name__ == "__main__":
+    main()
