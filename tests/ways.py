@@ -98,7 +98,7 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     return x, (x @ rng.normal(size=(5, 3)) + 3.0).astype("float32")
 
 
-def make_model(case, options, elsewhere=None, jit_compile=False):
+def make_model(case, options, elsewhere=None, jit_compile="auto"):
     layers = [keras.Input((5,)), OddShapes(elsewhere, name="odd")]
     model = keras.Sequential(layers, name="model")
     rate = keras.optimizers.schedules.ExponentialDecay(0.01, 5, 0.8)

@@ -201,20 +201,19 @@ class Optimizer(keras.optimizers.Optimizer):
             ValueError: a variable's dtype can't be trained, or it belongs to
                 another strategy.
         """
-        if self.built:
-            return
-        variables = list(variables)
-        for variable in variables:
-            if not self._overwrite_variable_with_gradient(variable):
-                check_dtype(variable)
-                self._engine.check_variable(variable)
-        with self._engine.building():
-            super().build(variables)  # averages, then accumulators
-            state = self._build_state(variables)
-            self._engine.build(state)
-            if self._state_to_load is not None:
-                saved, self._state_to_load = self._state_to_load, None
-                self._assign_state(saved)
+        if not self.built:
+            variables = list(variables)
+            for variable in variables:
+                if not self._overwrite_variable_with_gradient(variable):
+                    check_dtype(variable)
+                    self._engine.check_variable(variable)
+            with self._engine.building():
+                super().build(variables)  # averages, then accumulators
+                self._engine.build(self._build_state(variables))
+        if self._state_to_load is not None:
+            with self._engine.building():
+                self._assign_state(self._state_to_load)
+            self._state_to_load = None
 
     def _build_state(self, variables: list[Any]) -> list[dict | None]:
         """Makes the slots; returns each variable's state (see `Engine`)."""
@@ -300,6 +299,8 @@ class Optimizer(keras.optimizers.Optimizer):
             grads, variables = self._overwrite_variables_directly_with_gradients(
                 grads, variables
             )
+        if not variables:
+            return self._engine.count_step()
         indices = [self._get_variable_index(v) for v in variables]
         return self._engine.apply(list(grads), indices)
 
@@ -365,7 +366,7 @@ class Optimizer(keras.optimizers.Optimizer):
             if index is None or self._engine.state[index] is None:
                 continue
             _copy_state(self._engine.state[index], other._engine.state[i])
-        other._iterations.assign(self._iterations)
+        other._iterations.assign(keras.ops.copy(self._iterations.value))
         return other
 
     def _unbuilt_copy(self) -> Optimizer:
@@ -387,7 +388,7 @@ class Optimizer(keras.optimizers.Optimizer):
         if self.built:
             other.build([memo.get(id(v), v) for v in self._trainable_variables])
             for mine, copied in zip(self.variables, other.variables, strict=True):
-                copied.assign(mine)
+                copied.assign(keras.ops.copy(mine.value))
         return other
 
     @property
@@ -595,7 +596,7 @@ def _copy_state(source: dict, target: dict) -> None:
         if isinstance(variable, dict):
             _copy_state(source[name], variable)
         elif name != "weight":
-            variable.assign(source[name])
+            variable.assign(keras.ops.copy(source[name].value))
 
 
 def _without_none(grads: list[Any], variables: list[Any]) -> tuple[list, list]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from keras import ops
 
 from tf_effopt import precision
 from tf_effopt.engine import stages
@@ -111,6 +112,12 @@ class Engine:
         """
         raise NotImplementedError
 
+    def count_step(self) -> Any:
+        """A step in which no rule has anything to do; returns true."""
+        iterations = self.optimizer._iterations
+        self.assign_alike(iterations, iterations + 1)
+        return ops.equal(iterations, iterations)
+
     def assign_alike(self, variable: Any, value: Any) -> None:
         """Writes what every replica has computed alike."""
         variable.assign(value)
@@ -123,7 +130,8 @@ class Engine:
         """Puts the averages in the place of the weights."""
         for tensors in self.state:
             if tensors is not None:
-                tensors["weight"].assign(tensors["average"])
+                # A copy: JAX can't be handed one array as two variables.
+                tensors["weight"].assign(ops.copy(tensors["average"].value))
 
     def skipped_steps(self) -> int | None:
         """Steps skipped because the gradient wasn't finite."""

@@ -119,13 +119,14 @@ def measure(
     gradients: list[Any],
     scalars: Scalars,
 ) -> list[Any]:
-    """Stage 3, and what clipping needs of all tensors: one number each.
+    """Stage 3, and what clipping needs: numbers that tell of all gradients.
 
-    That is the squared norm where a stage clips by norms, else the sum. It is
-    finite only if the whole gradient is, and costs one pass.
+    Squared norms where a stage clips by norms, else sums. Their sum is finite
+    only if the whole gradient is. There is one number for each gradient if
+    each is clipped by its own; else small tensors share one.
     """
     gradients = _unscaled(plan, variables, gradients, scalars)
-    numbers = []
+    seen = []
     for tensors, g in zip(state, gradients, strict=True):
         if g is None:
             continue
@@ -133,8 +134,10 @@ def measure(
             g = (tensors["accumulator"] + g) / plan.accumulation_steps
         elif isinstance(g, Rows):
             g = g.unique
-        numbers.append(clipping.squared_norm(g) if plan.needs_norms else ops.sum(g))
-    return numbers
+        seen.append(g)
+    if plan.clip != "clipnorm":
+        seen = clipping.joined(seen)
+    return [clipping.squared_norm(g) if plan.needs_norms else ops.sum(g) for g in seen]
 
 
 def step(

@@ -1,0 +1,442 @@
+"""Wrong input gets an error that helps, and costs nothing that was trained."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import cases
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from cases import BY_NAME, arrays
+
+import tf_effopt
+
+NAN, INF = float("nan"), float("inf")
+SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
+CLASSES = ["GradientDescent", "SGD", "Adam", "AdamW", "RMSprop"]
+
+# kind: (what the message must say is expected, values that aren't that)
+NOT_NUMBERS = [NAN, INF, "0.5", True, np.array([0.5]), 1j, float]
+DECAY_RATE = (r"in \[0, 1\)", [1.0, 1.5, -0.1, None, *NOT_NUMBERS])
+FRACTION = (r"in \[0, 1\]", [1.5, -0.1, None, *NOT_NUMBERS])
+POSITIVE = ("a number above 0", [0, -1e-7, None, *NOT_NUMBERS])
+NON_NEGATIVE = ("a number of at least 0", [-0.1, None, *NOT_NUMBERS])
+SWITCH = ("True or False", [0, 1, "yes", None, 1.0])
+
+
+def or_none(kind: tuple[str, list]) -> tuple[str, list]:
+    expected, wrong = kind
+    return f"{expected} or None", [value for value in wrong if value is not None]
+
+
+def count(low: int) -> tuple[str, list]:
+    wrong = [-1, 2.0, 2.5, "2", True, NAN, *([1] if low > 1 else [])]
+    return f"an integer of at least {low} or None", wrong
+
+
+SHARED = {
+    "weight_decay": or_none(NON_NEGATIVE),
+    "clipnorm": or_none(NON_NEGATIVE),
+    "clipvalue": or_none(NON_NEGATIVE),
+    "global_clipnorm": or_none(NON_NEGATIVE),
+    "use_ema": SWITCH,
+    "ema_momentum": FRACTION,
+    "ema_overwrite_frequency": count(1),
+    "loss_scale_factor": or_none(POSITIVE),
+    "gradient_accumulation_steps": count(2),
+    "rounding": (
+        "one of 'stochastic', 'compensated', 'nearest'",
+        ["up", None, True, 1, ["nearest"]],
+    ),
+    "lazy": SWITCH,
+}
+ADAM = {
+    "beta_1": DECAY_RATE,
+    "beta_2": DECAY_RATE,
+    "epsilon": POSITIVE,
+    "amsgrad": SWITCH,
+    "bias_correction": SWITCH,
+}
+OWN = {
+    "GradientDescent": {},
+    "SGD": {"momentum": FRACTION, "nesterov": SWITCH},
+    "Adam": ADAM,
+    "AdamW": {**ADAM, "weight_decay": NON_NEGATIVE},
+    "RMSprop": {
+        "rho": DECAY_RATE,
+        "momentum": FRACTION,
+        "epsilon": POSITIVE,
+        "centered": SWITCH,
+    },
+}
+WRONG = [
+    (class_name, argument, expected, value)
+    for class_name in CLASSES
+    for argument, (expected, values) in (SHARED | OWN[class_name]).items()
+    for value in values
+]
+
+
+def received(name: str, value: Any) -> str:
+    return re.escape(f"Received: {name}={value!r}")
+
+
+@pytest.mark.parametrize(
+    "class_name, argument, expected, value",
+    WRONG,
+    ids=[f"{c}-{name}-{value!r}" for c, name, _, value in WRONG],
+)
+def test_wrong_argument_is_named(class_name, argument, expected, value):
+    message = f"`{argument}` must be {expected}. {received(argument, value)}"
+    with pytest.raises(ValueError, match=message):
+        getattr(tf_effopt, class_name)(**{argument: value})
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_every_argument_is_in_the_table(class_name):
+    config = getattr(tf_effopt, class_name)().get_config()
+    checked = SHARED | OWN[class_name]
+    assert set(config) == {"name", "learning_rate", *checked}
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+@pytest.mark.parametrize("value", [-1e-3, "0.1", None, NAN, INF, True, [0.1], float])
+def test_wrong_learning_rate_is_named(class_name, value):
+    message = "`learning_rate` must be a number of at least 0, a .*LearningRate"
+    with pytest.raises(
+        ValueError, match=message + ".*" + received("learning_rate", value)
+    ):
+        getattr(tf_effopt, class_name)(learning_rate=value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [1, 1.0, np.float32(1), np.array(1.0), np.int64(1), tf.constant(1.0)],
+    ids=repr,
+)
+def test_number_of_any_kind_is_a_learning_rate(value):
+    optimizer = tf_effopt.SGD(value)
+    assert optimizer.get_config()["learning_rate"] == 1.0
+    variable = keras.Variable([1.0])
+    optimizer.apply([np.ones(1, "float32")], [variable])
+    assert variable.numpy()[0] == 0.0
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.array(0.5), np.float64(0.5)])
+def test_number_of_any_kind_is_a_hyperparameter(value):
+    assert tf_effopt.Adam(beta_1=value).get_config()["beta_1"] == 0.5
+
+
+def test_numbers_of_numpy_are_counts_and_switches():
+    optimizer = tf_effopt.Adam(
+        gradient_accumulation_steps=np.int64(2), amsgrad=np.bool_(True)
+    )
+    assert optimizer.gradient_accumulation_steps == 2
+    assert optimizer.amsgrad is True
+
+
+@pytest.mark.parametrize(
+    "class_name, wrong, near",
+    [
+        ("Adam", "beta1", "beta_1"),
+        ("SGD", "momentun", "momentum"),
+        ("RMSprop", "centred", "centered"),
+        ("AdamW", "weight_decays", "weight_decay"),
+        ("GradientDescent", "global_clip_norm", "global_clipnorm"),
+        ("Adam", "learning_rates", "learning_rate"),
+    ],
+)
+def test_unknown_argument_gets_the_near_name(class_name, wrong, near):
+    message = f"`{class_name}` has no argument `{wrong}`. Did you mean `{near}`?"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(tf_effopt, class_name)(**{wrong: 0.5})
+
+
+def test_unknown_argument_far_from_all_gets_the_list():
+    message = "`Adam` has no argument `zzz`. It takes: learning_rate, beta_1,"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tf_effopt.Adam(zzz=1)
+
+
+@pytest.mark.parametrize(
+    "clips",
+    [{"clipnorm": 1.0, "clipvalue": 1.0}, {"clipnorm": 1.0, "global_clipnorm": 2.0}],
+    ids=str,
+)
+def test_two_kinds_of_clipping_are_refused(clips):
+    with pytest.raises(ValueError, match="Only one of `clipnorm`, `clipvalue`"):
+        tf_effopt.Adam(**clips)
+
+
+def test_lazy_with_accumulation_is_refused():
+    message = "`lazy=True` can't be combined with `gradient_accumulation_steps`"
+    with pytest.raises(ValueError, match=message + ".*gradient_accumulation_steps=2"):
+        tf_effopt.Adam(lazy=True, gradient_accumulation_steps=2)
+
+
+def test_lazy_without_tensorflow_is_refused(monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    with pytest.raises(ValueError, match=r"needs Keras's TensorFlow.*'jax'"):
+        tf_effopt.Adam(lazy=True)
+
+
+def test_optimizer_without_a_rule_is_refused():
+    class Ruleless(tf_effopt.Optimizer):
+        pass
+
+    with pytest.raises(TypeError, match="Ruleless has no rule. Set `rule ="):
+        Ruleless()
+
+
+# ------------------------------------------------------------- after `build`
+
+
+@pytest.fixture(scope="module")
+def built() -> tf_effopt.Adam:
+    optimizer = tf_effopt.Adam(0.125, beta_1=0.5, clipnorm=1.0)
+    optimizer.build([keras.Variable([1.0])])
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("beta_1", 1.5), ("beta_1", None), ("beta_1", "0.5"), ("epsilon", 0)]
+    + [("clipnorm", -1.0), ("learning_rate", -1.0), ("learning_rate", "fast")]
+    + [("learning_rate", NAN), ("beta_2", NAN)],
+)
+def test_bad_value_after_build_is_refused_and_changes_nothing(built, name, value):
+    before = built.get_config()
+    with pytest.raises(ValueError, match=f"`{name}` must be .*{received(name, value)}"):
+        setattr(built, name, value)
+    assert built.get_config() == before
+
+
+STRUCTURAL = [
+    ("SGD", {}, "momentum", 0.9),
+    ("SGD", {"momentum": 0.9}, "momentum", 0.0),
+    ("SGD", {"momentum": 0.9}, "nesterov", True),
+    ("RMSprop", {}, "momentum", 0.9),
+    ("RMSprop", {"momentum": 0.9}, "momentum", 0),
+    ("RMSprop", {}, "centered", True),
+    ("Adam", {}, "amsgrad", True),
+    ("Adam", {"amsgrad": True}, "amsgrad", False),
+    ("Adam", {}, "bias_correction", False),
+    ("Adam", {}, "clipnorm", 1.0),
+    ("Adam", {"clipnorm": 1.0}, "clipnorm", None),
+    ("Adam", {"clipnorm": 1.0}, "clipnorm", 0),
+    ("Adam", {}, "clipvalue", 1.0),
+    ("Adam", {}, "global_clipnorm", 1.0),
+    ("Adam", {}, "weight_decay", 0.1),
+    ("Adam", {"weight_decay": 0.1}, "weight_decay", None),
+    ("Adam", {}, "use_ema", True),
+    ("Adam", {"use_ema": True}, "ema_overwrite_frequency", 3),
+    ("Adam", {}, "gradient_accumulation_steps", 2),
+    ("Adam", {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps", 3),
+    ("Adam", {}, "loss_scale_factor", 8.0),
+    ("Adam", {}, "rounding", "nearest"),
+    ("Adam", {}, "lazy", True),
+]
+
+
+@pytest.mark.parametrize(
+    "class_name, arguments, name, value", STRUCTURAL, ids=lambda x: str(x)
+)
+def test_structural_change_after_build_is_refused(class_name, arguments, name, value):
+    optimizer = getattr(tf_effopt, class_name)(**arguments)
+    optimizer.build([keras.Variable([1.0])])
+    before = optimizer.get_config()
+    with pytest.raises(ValueError, match=f"`{name}` can't change from .*carry_over"):
+        setattr(optimizer, name, value)
+    assert optimizer.get_config() == before
+
+
+def test_zero_decay_is_no_structural_change():
+    optimizer = tf_effopt.AdamW(weight_decay=0.1)
+    optimizer.build([keras.Variable([1.0])])
+    optimizer.weight_decay = 0.0
+    assert optimizer.get_config()["weight_decay"] == 0.0
+
+
+def test_decay_exclusion_after_build_is_refused(built):
+    with pytest.raises(ValueError, match="must be called before the optimizer is"):
+        built.exclude_from_weight_decay(var_names=["bias"])
+
+
+# ------------------------------------------------- gradients and variables
+
+
+def ones(*shape: int) -> np.ndarray:
+    return np.ones(shape, "float32")
+
+
+BAD_CALLS = {
+    "too few gradients": ([ones(2)], "1 gradients for 2 variables"),
+    "too many gradients": ([ones(2), ones(3), ones(3)], "3 gradients for 2"),
+    "no gradients": ([], "0 gradients for 2 variables"),
+    "wrong shape": ([ones(2), ones(2)], r"shape \(3,\). Received: shape \(2,\)"),
+    "would broadcast": ([ones(2), ones(1)], r"shape \(3,\). Received: shape \(1,\)"),
+    "wrong rank": ([ones(2), ones(3, 1)], r"Received: shape \(3, 1\)"),
+    "all None": ([None, None], "No gradients provided for any variable.*None for"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[tf_effopt.Adam, list[keras.Variable]]:
+    variables = [keras.Variable(ones(2), name="a"), keras.Variable(ones(3), name="b")]
+    optimizer = tf_effopt.Adam(0.125)
+    optimizer.apply([ones(2), ones(3)], variables)
+    return optimizer, variables
+
+
+@pytest.mark.parametrize("call", BAD_CALLS)
+def test_bad_gradients_are_refused_and_nothing_is_lost(trained, call):
+    optimizer, variables = trained
+    gradients, message = BAD_CALLS[call]
+    before = arrays(variables + optimizer.variables)
+    with pytest.raises(ValueError, match=message):
+        optimizer.apply(gradients, variables)
+    after = arrays(variables + optimizer.variables)
+    for value, old in zip(after, before, strict=True):
+        np.testing.assert_array_equal(value, old)
+
+
+@pytest.mark.parametrize("call", BAD_CALLS)
+def test_bad_gradients_in_the_first_call_are_refused(call):
+    gradients, message = BAD_CALLS[call]
+    variables = [keras.Variable(ones(2), name="a"), keras.Variable(ones(3), name="b")]
+    with pytest.raises(ValueError, match=message):
+        tf_effopt.Adam().apply(gradients, variables)
+
+
+def test_error_names_the_variable(trained):
+    optimizer, variables = trained
+    with pytest.raises(ValueError, match="The gradient of b must have its shape"):
+        optimizer.apply([ones(2), ones(4)], variables)
+
+
+def test_sparse_gradient_of_the_wrong_shape_is_refused():
+    table = keras.Variable(ones(5, 2))
+    rows = tf.IndexedSlices(ones(1, 3), tf.constant([0]), tf.constant([5, 3]))
+    for lazy in (False, True):
+        with pytest.raises(ValueError, match=r"Received: shape \(5, 3\)"):
+            tf_effopt.Adam(lazy=lazy).apply([rows], [table])
+
+
+def test_apply_without_variables_needs_build():
+    with pytest.raises(ValueError, match=r"call `optimizer.build\(model.trainable"):
+        tf_effopt.Adam().apply([ones(1)])
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8", "bool", "complex64"])
+def test_unsupported_dtype_is_refused(dtype):
+    bad = tf.Variable(np.ones(2, dtype), name="bad")
+    good = tf.Variable(ones(2), name="good")
+    message = f"float32, bfloat16, float16 and float64.*bad:0 of dtype {dtype}"
+    optimizer = tf_effopt.SGD(momentum=0.9)
+    with pytest.raises(ValueError, match=message):
+        optimizer.apply([ones(2), ones(2)], [good, bad])
+    # It can go on with what can be trained.
+    optimizer.apply([ones(2)], [good])
+    np.testing.assert_allclose(good.numpy(), 0.99)
+
+
+def test_unknown_variable_tells_of_carry_over(trained):
+    optimizer, variables = trained
+    stranger = keras.Variable(ones(2), name="stranger")
+    message = r"stranger isn't among the 2 variables.*optimizer\.carry_over\("
+    before = arrays(optimizer.variables)
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        optimizer.apply([ones(2), ones(2)], [variables[0], stranger])
+    for value, old in zip(arrays(optimizer.variables), before, strict=True):
+        np.testing.assert_array_equal(value, old)
+
+
+def test_nan_gradient_changes_nothing(trained):
+    optimizer, variables = trained
+    before = arrays(variables + optimizer.variables)
+    skipped = optimizer.skipped_steps
+    optimizer.apply([ones(2), np.array([0, NAN, 0], "float32")], variables)
+    assert optimizer.skipped_steps == skipped + 1
+    for value, old in zip(arrays(variables + optimizer.variables), before, strict=True):
+        np.testing.assert_array_equal(value, old)
+
+
+# --------------------------------------------------------------- unfreezing
+
+
+def unfrozen_after_build(case: cases.Case) -> keras.Model:
+    model = cases.small_model()
+    model.layers[0].trainable = False
+    cases.train(cases.compiled_model(case.make(use_ema=True), model), 3)
+    model.layers[0].trainable = True
+    # As Keras asks for after a change of `trainable`.
+    return cases.compiled_model(model.optimizer, model)
+
+
+@pytest.mark.parametrize("name", ["nesterov", "adam"])
+def test_unfreezing_asks_for_carry_over_which_goes_on(name):
+    case = BY_NAME[name]
+    model = unfrozen_after_build(case)
+    before = arrays(model.weights + model.optimizer.variables)
+    with pytest.raises(ValueError, match="first/kernel isn't among the 2 variables"):
+        cases.train(model, 1)
+    for value, old in zip(
+        arrays(model.weights + model.optimizer.variables), before, strict=True
+    ):
+        np.testing.assert_array_equal(value, old)
+
+    # The state of `second` goes on; that of `first` starts anew.
+    old = model.optimizer
+    new = old.carry_over(model.trainable_variables)
+    assert int(new.iterations) == 3
+    gradients = [np.full(v.shape, 0.5, "float32") for v in model.trainable_variables]
+    weights = model.get_weights()
+    old.apply(gradients[2:], model.trainable_variables[2:])
+    expected = model.get_weights()[2:]
+    assert all(np.any(a != b) for a, b in zip(expected, weights[2:], strict=True))
+    model.set_weights(weights)
+    new.apply(gradients, model.trainable_variables)
+    for value, other in zip(model.get_weights()[2:], expected, strict=True):
+        np.testing.assert_array_equal(value, other)
+    for value, other in zip(model.get_weights()[:2], weights[:2], strict=True):
+        assert np.all(value < other)
+
+    cases.train(cases.compiled_model(new, model), 2)
+    assert int(new.iterations) == 6
+
+
+def test_carry_over_keeps_settings_and_schedule():
+    optimizer = tf_effopt.Adam(SCHEDULE, beta_1=0.5, clipnorm=1.0)
+    variable, added = keras.Variable([1.0]), keras.Variable([1.0])
+    optimizer.apply([ones(1)], [variable])
+    optimizer.beta_1 = 0.75
+    new = optimizer.carry_over([added, variable])
+    assert new.beta_1 == 0.75 and new.clipnorm == 1.0
+    assert new._learning_rate is SCHEDULE
+    assert int(new.iterations) == 1
+    assert int(optimizer.iterations) == 1
+
+
+def test_carry_over_before_build_is_a_fresh_optimizer():
+    variable = keras.Variable([1.0])
+    new = tf_effopt.SGD(0.5).carry_over([variable])
+    new.apply([ones(1)])
+    assert variable.numpy()[0] == 0.5
+
+
+def test_error_in_fit_loses_nothing():
+    model = cases.train(cases.compiled_model(BY_NAME["adam"].make()), 3)
+    before = arrays(model.weights + model.optimizer.variables)
+    with pytest.raises(ValueError, match="must be in"):
+        model.optimizer.beta_2 = 2.0
+    with pytest.raises(tf.errors.InvalidArgumentError, match="size-incompatible"):
+        model.train_on_batch(cases.X[:, :3], cases.Y)
+    for value, old in zip(
+        arrays(model.weights + model.optimizer.variables), before, strict=True
+    ):
+        np.testing.assert_array_equal(value, old)
+    cases.train(model, 1)
+    assert int(model.optimizer.iterations) == 4

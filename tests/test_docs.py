@@ -1,0 +1,102 @@
+"""The examples in the docstrings run; the documents tell the truth."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import re
+
+import pytest
+
+import tf_effopt
+from tf_effopt.engine import keras_hooks
+
+ROOT = pathlib.Path(tf_effopt.__file__).parents[1]
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(tf_effopt.__path__, "tf_effopt.")
+    if not module.name.endswith("engine.portable")
+] + ["tf_effopt"]
+PURE = [
+    *(ROOT / "tf_effopt" / "optimizers").glob("*.py"),
+    *(ROOT / "tf_effopt" / "transforms").glob("*.py"),
+    *(ROOT / "tf_effopt" / "averaging").glob("*.py"),
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", tf_effopt.__all__)
+def test_every_public_class_has_an_example(name):
+    thing = getattr(tf_effopt, name)
+    if isinstance(thing, type):
+        assert ">>> " in thing.__doc__
+        assert "Args:" in thing.__doc__
+
+
+def imported(path: pathlib.Path) -> set[str]:
+    """The modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("path", PURE, ids=lambda path: path.name)
+def test_a_rule_knows_no_backend_and_no_engine(path):
+    for name in imported(path):
+        assert not re.match(r"(tensorflow|jax|torch|tf_effopt\.engine)\b", name)
+
+
+def test_the_engine_names_no_rule():
+    rules = {p.stem for p in (ROOT / "tf_effopt" / "optimizers").glob("[a-z]*.py")}
+    classes = set(tf_effopt.optimizers.__all__)
+    for path in (ROOT / "tf_effopt" / "engine").glob("*.py"):
+        words = set(re.findall(r"\w+", path.read_text()))
+        assert not words & (rules | classes), path.name
+        assert not any(
+            "optimizers" in name for name in imported(path) if "keras" not in name
+        )
+
+
+def test_tensorflow_is_imported_by_its_engine_only():
+    for path in (ROOT / "tf_effopt").rglob("*.py"):
+        if path.parts[-2:] != ("engine", "tensorflow.py"):
+            assert not any(n.startswith("tensorflow") for n in imported(path)), path
+
+
+def test_the_private_names_leaned_on_exist():
+    missing = keras_hooks.missing()
+    assert not missing, (
+        f"This Keras lacks {missing}: tf_effopt/engine/keras_hooks.py lists what "
+        "the engine leans on; find what took their place."
+    )
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*ROOT.glob("*.md"), *(ROOT / "recipes").rglob("*.md")],
+    ids=lambda path: path.name,
+)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), target
+
+
+def test_the_readme_names_tests_that_exist():
+    text = (ROOT / "README.md").read_text()
+    named = re.findall(r"\[`(test_\w+)`\]\((tests/\w+\.py)\)", text)
+    assert len(named) >= 9
+    for test, path in named:
+        assert f"def {test}(" in (ROOT / path).read_text(), f"{test} in {path}"

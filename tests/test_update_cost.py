@@ -1,0 +1,205 @@
+"""The benchmark of the update's cost: what it measures and writes."""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow")
+pytest.importorskip("matplotlib")
+
+RECIPES = pathlib.Path(__file__).parents[1] / "recipes" / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def recipes_on_path():
+    # Not by monkeypatch: the workers inherit the path when they start.
+    sys.path.insert(0, str(RECIPES))
+    yield
+    sys.path.remove(str(RECIPES))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A quick run: `(what main returned, the directory it wrote to)`."""
+    import update_cost
+
+    directory = tmp_path_factory.mktemp("results")
+    argv = ["--quick", "--repeats", "2", "--output-dir", str(directory)]
+    argv += ["--workload", "resnet50", "embedding"]
+    argv += ["--optimizer", "sgd", "momentum", "adam", "adam_lazy"]
+    return update_cost.main(argv), directory
+
+
+def entries(results, competitor):
+    return {
+        (r["workload"], r["optimizer"]): r["competitors"][competitor]
+        for r in results["results"]
+    }
+
+
+# ------------------------------------------------------------------- workloads
+
+
+@pytest.mark.parametrize(
+    "name, tensors, parameters",
+    [
+        ("resnet50", 214, 25_583_592),
+        ("transformer", 148, 124_439_808),
+        ("one_tensor", 1, 100_000_000),
+        ("embedding", 1, 12_800_000),
+        ("mirrored", 214, 25_583_592),
+    ],
+)
+def test_workloads_have_the_shapes_that_they_name(name, tensors, parameters):
+    import workloads
+
+    workload = workloads.all_workloads()[name]
+    assert len(workload.shapes) == tensors
+    assert workload.parameters == parameters
+
+
+def test_embedding_ids_repeat():
+    import workloads
+
+    ids = workloads.all_workloads()["embedding"].ids()
+    assert len(ids) == 256
+    assert len(set(ids.tolist())) == 192
+
+
+# ------------------------------------------------------------------ a quick run
+
+
+def test_every_case_is_measured(results):
+    measured = [(r["workload"], r["optimizer"]) for r in results[0]["results"]]
+    expected = [("resnet50", name) for name in ("sgd", "momentum", "adam")]
+    assert measured == [*expected, ("embedding", "adam"), ("embedding", "adam_lazy")]
+    for competitor in ("tf_effopt graph", "tf_effopt eager", "Keras graph"):
+        for entry in entries(results[0], competitor).values():
+            assert len(entry["milliseconds"]) == 2
+            assert min(entry["milliseconds"]) <= entry["median"]
+            assert entry["first_call_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    "competitor",
+    ["tf_effopt graph", "tf_effopt eager", "Keras graph", "optax jit", "torch fused"],
+)
+def test_state_bytes_per_parameter_are_exact(results, competitor):
+    expected = {"sgd": 0, "momentum": 4, "adam": 8, "adam_lazy": 8}
+    for (workload, optimizer), entry in entries(results[0], competitor).items():
+        if "error" not in entry:
+            assert entry["state_bytes_per_parameter"] == expected[optimizer], workload
+
+
+def test_all_libraries_do_the_same_update(results):
+    for result in results[0]["results"]:
+        after = {
+            name: entry["first_weights"]
+            for name, entry in result["competitors"].items()
+            if "error" not in entry
+        }
+        for name, weights in after.items():
+            np.testing.assert_allclose(
+                weights, after["Keras eager"], atol=2e-6, err_msg=name
+            )
+
+
+def test_missing_packages_are_reported(results):
+    packages = {"optax jit": ("jax", "optax"), "torch fused": ("torch",)}
+    for competitor, needed in packages.items():
+        if all(map(importlib.util.find_spec, needed)):
+            entry = entries(results[0], competitor)["resnet50", "adam"]
+            assert entry["state_bytes_per_parameter"] == 8
+        else:
+            reported = {e["error"] for e in entries(results[0], competitor).values()}
+            assert reported == {"not installed"}
+
+
+def test_array_passes_are_the_fewest_possible(results):
+    passes = {
+        r["optimizer"]: r["array_passes"]
+        for r in results[0]["results"]
+        if r["workload"] == "resnet50"
+    }
+    assert passes == {"sgd": 3, "momentum": 5, "adam": 7}
+
+
+def test_files_hold_the_results(results):
+    returned, directory = results
+    assert json.loads((directory / "update_cost.json").read_text()) == returned
+    assert returned["command"].startswith("python recipes/benchmarks/update_cost.py")
+    assert returned["software"]["tensorflow"]["versions"]["keras"]
+    assert returned["machine"]["cores"] >= 1
+
+    text = (directory / "update_cost.md").read_text()
+    assert "quick run" in text
+    assert "## ResNet-50 (5 tensors" in text
+    assert "Adam, lazy" in text
+    verdicts = collections.Counter(goal["passed"] for goal in returned["goals"])
+    assert text.count("not measured") == verdicts[None] == 5
+    assert (directory / "update_cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_goals_compare_medians():
+    import report
+
+    def result(**medians):
+        names = {"ours": "tf_effopt graph", "graph": "Keras graph", "xla": "Keras XLA"}
+        competitors = {names[k]: {"median": v} for k, v in medians.items()}
+        return {"workload": "resnet50", "optimizer": "adam", "competitors": competitors}
+
+    goals = report.check_goals([result(ours=10.0, graph=23.0, xla=9.9)])
+    adam = {g["goal"]: g["passed"] for g in goals if g["optimizer"] == "adam"}
+    assert adam["tf_effopt graph at least 2.3 times as fast as Keras graph"] is True
+    assert adam["tf_effopt graph no slower than Keras XLA"] is False
+    assert adam["tf_effopt graph at most 1.1 times the time of optax jit"] is None
+
+
+def test_a_run_without_competitors(monkeypatch):
+    import update_cost
+
+    monkeypatch.setattr(update_cost, "is_installed", lambda package: False)
+    workload = update_cost.all_workloads()["resnet50"].tiny()
+    copy = update_cost.CopyBandwidth(megabytes=1)
+    cases = [update_cost.all_cases()["adam"]]
+    [result] = update_cost.measure_workload(workload, cases, 1, copy, {})
+    errors = {entry["error"] for entry in result["competitors"].values()}
+    assert errors == {"not installed"}
+
+
+# ------------------------------------------------------------- the command line
+
+
+def test_every_public_optimizer_is_a_case():
+    import update_cost
+
+    import tf_effopt
+
+    rules = {case.rule for case in update_cost.all_cases().values()}
+    assert {"SGD", "Adam", "AdamW", "GradientDescent", "RMSprop"} <= rules
+    assert rules <= set(tf_effopt.__all__) - {"Optimizer", "LossScaleOptimizer"}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--optimiser", "adam"],
+        ["--optimizer", "adem"],
+        ["--workload", "resnet51"],
+        ["--repeats", "0"],
+    ],
+)
+def test_what_is_not_known_fails(argv, capsys):
+    import update_cost
+
+    with pytest.raises(SystemExit) as failure:
+        update_cost.main(argv)
+    assert failure.value.code == 2
+    assert argv[-1] in capsys.readouterr().err
