@@ -45,7 +45,7 @@ def run(package: str, output: pathlib.Path) -> dict:
         env=os.environ | {"KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": "-1"},
         capture_output=True,
         text=True,
-        timeout=420,
+        timeout=900,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     return json.loads(output.read_text())

@@ -197,6 +197,13 @@ def test_infinities_and_nan_pass_through(dtype, compiled):
     np.testing.assert_array_equal(written, [np.inf, -np.inf, np.nan])
 
 
+@pytest.mark.parametrize("value", [65504.0, 65510.0, 65519.0, -65519.0])
+def test_nothing_is_rounded_up_to_infinity(value):
+    bits = tf.constant([0, 1000, 40000, 65535])
+    written = np.array(precision.store(tf.fill([4], value), "float16", bits))
+    np.testing.assert_array_equal(written, np.sign(value) * 65504.0)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_wide_weights_are_written_exactly(dtype):
     values = tf.constant([1 / 3, 1e-30, 3e30], dtype)

@@ -32,7 +32,7 @@ def run(process: str, folder: pathlib.Path, *arguments: str) -> dict:
         env=os.environ | {"KERAS_BACKEND": backend, "CUDA_VISIBLE_DEVICES": "-1"},
         capture_output=True,
         text=True,
-        timeout=420,
+        timeout=900,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     by_run = collections.defaultdict(dict)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import re
 import warnings
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from tf_effopt import engine
 from tf_effopt.engine.base import check_dtype, dtype_name, path_of
+from tf_effopt.exclusions import Exclusions
 from tf_effopt.hyperparameters import (
     Choice,
     Count,
@@ -27,7 +27,7 @@ from tf_effopt.hyperparameters import (
 )
 from tf_effopt.precision import ROUNDINGS, compute_dtype, is_narrow
 
-EXCLUSIONS = "exclude_from_weight_decay"
+EXCLUSIONS = "exclude_from_weight_decay"  # in a configuration
 
 
 class Optimizer(keras.optimizers.Optimizer):
@@ -160,7 +160,7 @@ class Optimizer(keras.optimizers.Optimizer):
         self.lazy = lazy
         self._check_lazy()
         self._engine = engine.create(self)
-        self._decay_exclusions = _Exclusions()
+        self._decay_exclusions = Exclusions()
         self._state_to_load = None
 
     def __init_subclass__(cls, **kwargs):
@@ -454,7 +454,7 @@ class Optimizer(keras.optimizers.Optimizer):
                 "is built, that is before the first step: the compiled update "
                 "holds the choice."
             )
-        self._decay_exclusions = _Exclusions.of(var_list or (), var_names or ())
+        self._decay_exclusions = Exclusions.of(var_list or (), var_names or ())
 
     def _decays(self, variable: Any, index: int) -> bool:
         return not self._decay_exclusions.has(variable, index)
@@ -468,7 +468,7 @@ class Optimizer(keras.optimizers.Optimizer):
             for name in _arguments(cls):
                 if name not in config:
                     config[name] = getattr(self, name)
-        exclusions = self._decay_exclusions.get_config(self)
+        exclusions = self._decay_exclusions.get_config(self._trainable_variables)
         if exclusions:
             config[EXCLUSIONS] = exclusions
         return config
@@ -480,7 +480,7 @@ class Optimizer(keras.optimizers.Optimizer):
         exclusions = config.pop(EXCLUSIONS, None)
         optimizer = super().from_config(config, custom_objects=custom_objects)
         if exclusions:
-            optimizer._decay_exclusions = _Exclusions(**exclusions)
+            optimizer._decay_exclusions = Exclusions(**exclusions)
         return optimizer
 
     def load_own_variables(self, store: Any) -> None:
@@ -523,72 +523,6 @@ class Optimizer(keras.optimizers.Optimizer):
             )
         for variable, value in zip(variables, state, strict=True):
             variable.assign(value)
-
-
-class _Exclusions:
-    """Which variables don't decay, in a form that can be saved.
-
-    Args:
-        patterns: regular expressions on paths.
-        variables: `[path, index]` of each variable; the index, known once the
-            optimizer was built, tells variables of equal paths apart.
-    """
-
-    def __init__(self, patterns: list[str] = (), variables: list = ()):
-        self.patterns = list(patterns)
-        self.variables = [tuple(entry) for entry in variables]
-        self.identities: list[Any] = []
-
-    @classmethod
-    def of(cls, var_list: Any, var_names: Any) -> _Exclusions:
-        exclusions = cls(patterns=sorted(set(var_names)))
-        for variable in var_list:
-            if isinstance(variable, str):
-                exclusions.variables.append((variable, None))
-            else:
-                exclusions.identities.append(variable)
-        return exclusions
-
-    def copy(self) -> _Exclusions:
-        other = _Exclusions(self.patterns, self.variables)
-        other.identities = list(self.identities)
-        return other
-
-    def has(self, variable: Any, index: int) -> bool:
-        path = path_of(variable)
-        return (
-            any(variable is v for v in self.identities)
-            or any(
-                _same_path(path, p) and i in (None, index) for p, i in self.variables
-            )
-            or any(re.search(pattern, path) for pattern in self.patterns)
-        )
-
-    def get_config(self, optimizer: Optimizer) -> dict | None:
-        entries = list(self.variables)
-        for variable in self.identities:
-            index = next(
-                (
-                    i
-                    for i, v in enumerate(optimizer._trainable_variables)
-                    if v is variable
-                ),
-                None,
-            )
-            entries.append((path_of(variable), index))
-        if not entries and not self.patterns:
-            return None
-        return {"patterns": self.patterns, "variables": [list(e) for e in entries]}
-
-
-def _same_path(one: str, other: str) -> bool:
-    """Whether two paths are equal, but for the name of the model in front.
-
-    `keras.models.load_model` takes a `Sequential`'s name off its variables.
-    """
-    one, other = sorted((one, other), key=len)
-    _, _, within_model = other.partition("/")
-    return one == other or ("/" in one and one == within_model)
 
 
 def _copy_state(source: dict, target: dict) -> None:

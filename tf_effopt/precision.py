@@ -10,12 +10,14 @@ rounding (Kahan's) keeps what was lost in one more variable.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from keras import ops
 
 MANTISSA_BITS = {"bfloat16": 7, "float16": 10}
 SMALLEST = {"bfloat16": 2.0**-133, "float16": 2.0**-24}  # above 0
+LARGEST = {"bfloat16": 2.0**128 - 2.0**120, "float16": 65504.0}
 ROUNDINGS = ("stochastic", "compensated", "nearest")
 
 
@@ -46,8 +48,9 @@ def store(value: Any, dtype: str, bits: Any = None) -> Any:
     places = 23 - MANTISSA_BITS[dtype]
     chance = ops.cast(ops.right_shift(bits, 16 - places), value.dtype) / 2**places
     rounded = ops.floor(value / quantum + chance) * quantum
-    # Infinities and NaN have no spacing.
-    return ops.cast(ops.where(ops.isfinite(rounded), rounded, value), dtype)
+    # Nothing is rounded up to infinity; infinities and NaN have no spacing.
+    fits = ops.abs(rounded) <= LARGEST[dtype]
+    return ops.cast(ops.where(fits, rounded, value), dtype)
 
 
 def _spacing(value: Any, dtype: str) -> Any:
@@ -70,12 +73,8 @@ def random_bits(shape: tuple[int, ...], update: Any, variable: int) -> Any:
         update: int32 scalar, the number of this update.
         variable: index of the variable in its optimizer.
     """
-    size = 1
-    for length in shape:
-        size *= length
-    return ops.reshape(
-        hash_rows(ops.arange(size, dtype="int32"), update, variable), shape
-    )
+    elements = ops.arange(math.prod(shape), dtype="int32")
+    return ops.reshape(hash_rows(elements, update, variable), shape)
 
 
 def hash_rows(elements: Any, update: Any, variable: int) -> Any:

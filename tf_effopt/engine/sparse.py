@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -60,9 +61,7 @@ class Rows:
 
     def elements(self, shape: tuple[int, ...]) -> Any:
         """The element numbers of the rows in a table of `shape`."""
-        size = 1
-        for length in shape[1:]:
-            size *= length
+        size = math.prod(shape[1:])
         within = ops.reshape(ops.arange(size, dtype="int32"), (1, *shape[1:]))
         first = ops.reshape(self.ids * size, (-1, *(1 for _ in shape[1:])))
         return first + within

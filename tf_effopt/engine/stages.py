@@ -21,6 +21,7 @@ no variable, device or strategy, and of a rule only its arguments.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -214,21 +215,26 @@ def _unscaled(
     scalars: Scalars,
 ) -> list[Any]:
     """The gradients in the dtype of the arithmetic, loss scaling undone."""
-    unscaled = []
-    for v, g in zip(variables, gradients, strict=True):
-        if g is None:
-            unscaled.append(None)
-            continue
-        scale = None
-        if plan.loss_scale:
-            scale = scalars.in_dtype(v.compute_dtype)["loss_scale_factor"]
+    scales = {}
+    if plan.loss_scale:
+        for dtype in sorted({v.compute_dtype for v in variables}):
+            scales[dtype] = scalars.in_dtype(dtype)["loss_scale_factor"]
 
-        def convert(x: Any, v: TrainedVariable = v, scale: Any = scale) -> Any:
-            x = ops.cast(x, v.compute_dtype)
-            return x if scale is None else x / scale
+    def unscale(v: TrainedVariable, x: Any) -> Any:
+        x = ops.cast(x, v.compute_dtype)
+        return x / scales[v.compute_dtype] if scales else x
 
-        unscaled.append(g.map(convert) if isinstance(g, Rows) else convert(g))
-    return unscaled
+    return [
+        _elementwise(functools.partial(unscale, v), g)
+        for v, g in zip(variables, gradients, strict=True)
+    ]
+
+
+def _elementwise(function: Callable, gradient: Any) -> Any:
+    """Applies a function that maps 0 to 0 to a gradient of any kind."""
+    if gradient is None:
+        return None
+    return gradient.map(function) if isinstance(gradient, Rows) else function(gradient)
 
 
 def _clipped(
@@ -250,17 +256,12 @@ def _clipped(
             continue
         limit = arguments[v.compute_dtype][plan.clip]
         if plan.clip == "clipvalue":
-
-            def clip(x: Any, limit: Any = limit) -> Any:
-                return clipping.clip_by_value(x, limit)
+            clip = functools.partial(clipping.clip_by_value, clipvalue=limit)
         else:
             squared = next(measured) if plan.clip == "clipnorm" else total
             norm = ops.sqrt(ops.cast(squared, v.compute_dtype))
-
-            def clip(x: Any, norm: Any = norm, limit: Any = limit) -> Any:
-                return clipping.clip_by_norm(x, norm, limit)
-
-        clipped.append(g.map(clip) if isinstance(g, Rows) else clip(g))
+            clip = functools.partial(clipping.clip_by_norm, norm=norm, clipnorm=limit)
+        clipped.append(_elementwise(clip, g))
     return clipped
 
 

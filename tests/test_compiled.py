@@ -1,0 +1,133 @@
+"""The update is one XLA program, in place, in float32, compiled once."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from cases import CASES, by_name
+
+OPTIONS = {
+    "plain": {},
+    "all": {"global_clipnorm": 1.0, "weight_decay": 0.1, "use_ema": True},
+    "accumulation": {"gradient_accumulation_steps": 2},
+}
+SHAPES = [(64, 32), (32,), ()]
+
+
+def built(case, **options):
+    rng = np.random.default_rng(0)
+    variables = [keras.Variable(rng.normal(size=s), dtype="float32") for s in SHAPES]
+    gradients = [tf.constant(rng.normal(size=s).astype("float32")) for s in SHAPES]
+    optimizer = case.make(**options)
+    optimizer.build(variables)
+    return optimizer, gradients
+
+
+def programs(optimizer) -> list:
+    return [p for ps in optimizer._engine._programs.values() for p in ps]
+
+
+def arguments(optimizer, gradients):
+    scalars = (
+        tf.convert_to_tensor(optimizer._iterations),
+        tf.convert_to_tensor(optimizer.learning_rate),
+        tf.convert_to_tensor(optimizer._engine._pairs),
+    )
+    return list(gradients), scalars, None, None
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+@pytest.mark.parametrize("case", CASES, ids=by_name)
+def test_a_step_is_one_compiled_program(case, options):
+    optimizer, gradients = built(case, **options)
+    step = tf.function(lambda: optimizer.apply(gradients))
+    operations = step.get_concrete_function().graph.get_operations()
+    calls = [op for op in operations if "PartitionedCall" in op.type]
+    assert [op.get_attr("_XlaMustCompile") for op in calls] == [True]
+    # What is left outside counts steps and reads numbers.
+    others = {op.type for op in operations if op not in calls}
+    assert others <= {
+        "AssignAddVariableOp",
+        "Cast",
+        "Const",
+        "LogicalNot",
+        "NoOp",
+        "Placeholder",
+        "ReadVariableOp",
+    }
+
+
+@pytest.mark.parametrize("case", CASES, ids=by_name)
+def test_the_program_has_no_float64(case):
+    optimizer, gradients = built(case, **OPTIONS["all"])
+    optimizer.apply(gradients)
+    (program,) = programs(optimizer)
+    ir = program.run_function.experimental_get_compiler_ir(
+        *arguments(optimizer, gradients)
+    )
+    text = ir(stage="hlo")
+    assert "f32[64,32]" in text
+    assert "f64[" not in text
+
+
+ONE_STEP_OF_EACH = """
+import keras, tensorflow as tf
+from cases import CASES
+for case in CASES:
+    w = keras.Variable(tf.ones((64, 32)))
+    optimizer = case.make(use_ema=True, global_clipnorm=1.0)
+    optimizer.apply([tf.ones((64, 32))], [w])
+    print(2 + len(optimizer._engine.state[0]["slots"]))
+"""
+
+
+def test_the_update_is_in_place(tmp_path):
+    """XLA writes each weight, slot and average where it stood."""
+    finished = subprocess.run(
+        [sys.executable, "-c", ONE_STEP_OF_EACH],
+        check=True,
+        cwd=pathlib.Path(__file__).parent,
+        env=os.environ
+        | {"XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    written = sorted(int(line) for line in finished.stdout.split())
+    assert len(written) == len(CASES)
+    updates = tmp_path.glob("*_inference__run_*.cpu_after_optimizations.txt")
+    headers = [path.read_text().partition("\n")[0] for path in updates]
+    aliased = sorted(len(re.findall(r"(?:may|must)-alias", h)) for h in headers)
+    assert aliased == written
+
+
+def test_float64_weights_are_the_only_reason_for_float64():
+    optimizer = CASES[3].make()
+    weights = keras.Variable(np.ones(3), dtype="float64")
+    gradient = [tf.ones(3, "float64")]
+    optimizer.apply(gradient, [weights])
+    (program,) = programs(optimizer)
+    ir = program.run_function.experimental_get_compiler_ir(
+        *arguments(optimizer, gradient)
+    )
+    assert "f64[3]" in ir(stage="hlo")
+
+
+@pytest.mark.parametrize("case", CASES, ids=by_name)
+def test_further_steps_trace_nothing(case):
+    optimizer, gradients = built(case, clipnorm=1.0)
+    for rate in (0.1, 0.2, 0.3):
+        optimizer.learning_rate = rate
+        optimizer.clipnorm = rate
+        optimizer.apply(gradients)
+    assert [
+        p.run_function.experimental_get_tracing_count() for p in programs(optimizer)
+    ] == [1]
