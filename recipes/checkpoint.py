@@ -1,0 +1,118 @@
+"""One file that holds all of a training run, and that a kill can't harm.
+
+Keras's own checkpoints leave out the state of seed generators, so that dropout
+draws other masks after a resumption, and spread a run over several files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+HEADER = "header"
+
+
+class CheckpointError(Exception):
+    """A checkpoint can't be read, or belongs to another run."""
+
+
+def write(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Writes a checkpoint so that `path` holds the old one or the new one whole.
+
+    Args:
+        path: the file, in an existing folder.
+        header: what JSON can hold.
+        arrays: by name; the name `"header"` is taken.
+    """
+    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "wb") as file:
+        np.savez(file, **{HEADER: text}, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    _sync_folder(path.parent)
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """Returns the header and the arrays, or None if there is no checkpoint.
+
+    Raises:
+        CheckpointError: the file isn't a checkpoint.
+    """
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return json.loads(arrays.pop(HEADER).tobytes()), arrays
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} can't be read as a checkpoint ({error}). Move it away, or "
+            "pass --overwrite to start anew."
+        ) from error
+
+
+def check_same_run(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raises `CheckpointError` if two configurations differ."""
+    differences = [
+        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in dict.fromkeys([*there, *here])
+        if there.get(key) != here.get(key)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{path} was written with another configuration "
+            f"({'; '.join(differences)}). Pass the same configuration to go on with "
+            "it, another --output-dir to keep it, or --overwrite to start anew."
+        )
+
+
+def model_state(model: keras.Model) -> dict[str, keras.Variable]:
+    """A model's variables by name: weights, statistics, seed generators."""
+    # `model.weights` leaves the seed generators' out, `model.variables` doesn't.
+    return _by_name("model", model.variables)
+
+
+def training_state(model: keras.Model) -> dict[str, keras.Variable]:
+    """All variables that training changes: the model's and the optimizer's."""
+    return model_state(model) | _by_name("optimizer", model.optimizer.variables)
+
+
+def values(state: dict[str, keras.Variable]) -> dict[str, np.ndarray]:
+    return {k: keras.ops.convert_to_numpy(v) for k, v in state.items()}
+
+
+def restore(state: dict[str, keras.Variable], arrays: dict[str, np.ndarray]) -> None:
+    """Assigns saved values to variables.
+
+    Raises:
+        CheckpointError: they are those of another model or optimizer.
+    """
+    if differences := sorted(state.keys() ^ arrays.keys()):
+        raise CheckpointError(
+            "The checkpoint doesn't fit this model and optimizer: only one of the "
+            f"two has {differences[0]}. Pass --overwrite to start anew."
+        )
+    for name, variable in state.items():
+        variable.assign(arrays[name])
+
+
+def _by_name(group: str, variables: list[keras.Variable]) -> dict[str, keras.Variable]:
+    return {f"{group}/{i:03d}/{v.path}": v for i, v in enumerate(variables)}
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a renaming last through a power failure, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,235 @@
+"""A run's folder: what is saved after each epoch, and the results at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+import tf_effopt
+from recipes import checkpoint
+
+
+class TrainingFailed(Exception):
+    """Training can't go on; what was saved before stands."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is; part of its checkpoint.
+
+    Attributes:
+        history: of each epoch its number, metrics, learning rate and seconds.
+        best: the highest validation accuracy so far, for early stopping.
+        waited: epochs since then.
+        stopped: whether training ended early.
+    """
+
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    best: float = -1.0
+    waited: int = 0
+    stopped: bool = False
+
+
+class Run:
+    """The files of a run, and its state between two epochs.
+
+    Args:
+        folder: for all of its files.
+        configuration: all that decides on the result, as JSON can hold it.
+    """
+
+    def __init__(self, folder: Path, configuration: dict[str, Any]):
+        self.folder = folder
+        self.configuration = json.loads(json.dumps(configuration))
+        self.checkpoint = folder / "checkpoint.npz"
+        self.metrics = folder / "metrics.json"
+        self.curves = folder / "curves.png"
+        self.model = folder / "model.keras"
+        self.logs = folder / "tensorboard"
+        self.progress = Progress()
+        self.best_weights: dict[str, np.ndarray] = {}
+
+    @property
+    def epochs(self) -> int:
+        return len(self.progress.history)
+
+    def clear(self) -> None:
+        """Deletes what a run writes, and nothing else."""
+        for path in (self.metrics, self.checkpoint, self.curves, self.model):
+            path.unlink(missing_ok=True)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The results, if this run is through: they are written last."""
+        if not self.metrics.exists():
+            return None
+        results = json.loads(self.metrics.read_text())
+        checkpoint.check_same_run(
+            self.metrics, results["configuration"], self.configuration
+        )
+        return results
+
+    def restore(self, model: keras.Model) -> None:
+        """Takes up what the checkpoint holds, if there is one."""
+        saved = checkpoint.read(self.checkpoint)
+        if saved is None:
+            return
+        header, arrays = saved
+        checkpoint.check_same_run(
+            self.checkpoint, header["configuration"], self.configuration
+        )
+        self.progress = Progress(**header["progress"])
+        for name in [name for name in arrays if name.startswith("best/")]:
+            self.best_weights[name.removeprefix("best/")] = arrays.pop(name)
+        checkpoint.restore(checkpoint.training_state(model), arrays)
+
+    def save(self, model: keras.Model) -> None:
+        header = {
+            "configuration": self.configuration,
+            "progress": dataclasses.asdict(self.progress),
+        }
+        arrays = checkpoint.values(checkpoint.training_state(model))
+        arrays |= {f"best/{k}": v for k, v in self.best_weights.items()}
+        checkpoint.write(self.checkpoint, header, arrays)
+
+    def write_results(
+        self, model: keras.Model, measured: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Writes the model, the curves and, last, metrics.json; returns the latter."""
+        history = self.progress.history
+        aside = self.folder / "model.tmp.keras"
+        model.save(aside)
+        os.replace(aside, self.model)
+        plot(history, self.curves)
+        results = {
+            **measured,
+            "steps": int(_number(model.optimizer.iterations)),
+            "epochs": len(history),
+            "seconds": sum(epoch["seconds"] for epoch in history),
+            "parameters": model.count_params(),
+            "history": history,
+            "configuration": self.configuration,
+            "versions": versions(),
+            "hardware": hardware(),
+        }
+        aside = self.folder / "metrics.json.tmp"
+        aside.write_text(json.dumps(results, indent=2))
+        os.replace(aside, self.metrics)
+        return results
+
+
+class AfterEachEpoch(keras.callbacks.Callback):
+    """Records an epoch, stops early if asked to, and saves the checkpoint."""
+
+    def __init__(self, run: Run, patience: int | None):
+        super().__init__()
+        self.run, self.patience = run, patience
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        self.curves = TensorBoardCurves(self.run.logs, self.run.progress.history)
+        self.started = time.perf_counter()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        if not math.isfinite(logs["loss"]):
+            raise TrainingFailed(
+                f"The loss is {logs['loss']} in epoch {epoch + 1}. Try a lower "
+                "--learning-rate, with another --output-dir or --overwrite."
+            )
+        now = time.perf_counter()
+        record = {
+            "epoch": epoch + 1,
+            **{name: float(value) for name, value in logs.items()},
+            "learning_rate": _number(self.model.optimizer.learning_rate),
+            "seconds": now - self.started,
+        }
+        self.started = now
+        self.run.progress.history.append(record)
+        if self.patience is not None:
+            self._stop_early(self.run.progress, record["val_accuracy"])
+        self.run.save(self.model)
+        self.curves.add(record)
+
+    def _stop_early(self, progress: Progress, accuracy: float) -> None:
+        progress.waited += 1
+        if accuracy > progress.best:
+            progress.best, progress.waited = accuracy, 0
+            weights = checkpoint.model_state(self.model)
+            self.run.best_weights = checkpoint.values(weights)
+        if progress.waited >= self.patience:
+            progress.stopped = self.model.stop_training = True
+
+
+class TensorBoardCurves:
+    """TensorBoard's files, written without the `tensorboard` package.
+
+    They are written anew from the history whenever a run is taken up: no epoch
+    stands in them twice, none is missing.
+    """
+
+    def __init__(self, folder: Path, history: list[dict[str, float]]):
+        for path in folder.glob("*/events.out.tfevents.*"):
+            path.unlink()
+        self.writers = {
+            name: tf.summary.create_file_writer(str(folder / name))
+            for name in ("train", "validation")
+        }
+        for record in history:
+            self.add(record)
+
+    def add(self, record: dict[str, float]) -> None:
+        metadata = tf.compat.v1.SummaryMetadata(
+            plugin_data={"plugin_name": "scalars"}, data_class="DATA_CLASS_SCALAR"
+        )
+        for name, value in record.items():
+            if name in ("epoch", "seconds"):
+                continue
+            writer = self.writers["validation" if name.startswith("val_") else "train"]
+            tag = "epoch_" + name.removeprefix("val_")
+            with writer.as_default(step=record["epoch"]):
+                tf.summary.write(tag, np.float32(value), metadata=metadata)
+        for writer in self.writers.values():
+            writer.flush()
+
+
+def plot(history: list[dict[str, float]], path: Path) -> None:
+    """Draws loss and accuracy against the epoch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    epochs = [record["epoch"] for record in history]
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for key, label in ((name, "training"), (f"val_{name}", "validation")):
+            values = [record[key] for record in history]
+            axes.plot(epochs, values, marker=".", label=label)
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _number(variable: Any) -> float:
+    return float(keras.ops.convert_to_numpy(variable))  # mirrored, too
+
+
+def versions() -> dict[str, str]:
+    modules = (tf_effopt, keras, tf, tfds, np)
+    found = {module.__name__: module.__version__ for module in modules}
+    return {"python": platform.python_version(), **found}
+
+
+def hardware() -> dict[str, Any]:
+    return {
+        "machine": platform.machine(),
+        "cpu_cores": os.cpu_count(),
+        "gpus": len(tf.config.list_physical_devices("GPU")),
+    }

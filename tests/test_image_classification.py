@@ -1,0 +1,477 @@
+"""The image-classification recipe: it trains, resumes, and says what is wrong."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import resume_kills
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from recipes import checkpoint, command_line, image_data
+
+TIME_LIMIT = 300
+SHORT = ["--epochs", "1", "--batch-size", "700"]  # two steps of digits
+
+# Runs the recipe several times in one process, which has to start only once.
+# A third entry is a file to delete before the run.
+MANY = """
+import contextlib, io, json, os, sys
+from recipes import image_classification
+
+results = {}
+for name, arguments, *deleted in json.load(sys.stdin):
+    for path in deleted:
+        os.remove(path)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = image_classification.main(arguments)
+    results[name] = [code, out.getvalue(), err.getvalue()]
+    print(name, code, err.getvalue(), file=sys.stderr)
+json.dump(results, sys.stdout)
+"""
+
+
+def offline(port=9):
+    """An environment whose every connection ends at a port of this machine."""
+    proxy = f"http://127.0.0.1:{port}"
+    names = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+    environment = {**os.environ, **dict.fromkeys(names, proxy)}
+    for name in ("no_proxy", "NO_PROXY"):
+        environment.pop(name, None)
+    return environment
+
+
+def run_many(runs, data_dir):
+    process = subprocess.run(
+        [sys.executable, "-c", MANY],
+        input=json.dumps(runs),
+        capture_output=True,
+        check=False,
+        text=True,
+        cwd=ROOT,
+        env={**offline(), "TFDS_DATA_DIR": str(data_dir)},
+        timeout=TIME_LIMIT,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """A TFDS folder of prepared digits, and of a small `fashion_mnist`."""
+    folder = tmp_path_factory.mktemp("tensorflow_datasets")
+
+    with tfds.core.registered.skip_registration():
+
+        class FashionMnist(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("3.0.1")
+
+            def _info(self):
+                features = {
+                    "image": tfds.features.Image(shape=(28, 28, 1)),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
+                features = tfds.features.FeaturesDict(features)
+                return tfds.core.DatasetInfo(
+                    builder=self,
+                    features=features,
+                    supervised_keys=("image", "label"),
+                )
+
+            def _split_generators(self, dl_manager):
+                return {
+                    "train": self._generate_examples(260),
+                    "test": self._generate_examples(37),
+                }
+
+            def _generate_examples(self, count):
+                random = np.random.default_rng(count)
+                for i in range(count):
+                    image = random.integers(0, 256, (28, 28, 1), np.uint8)
+                    yield i, {"image": image, "label": i % 10}
+
+        for builder in (
+            FashionMnist(data_dir=folder),
+            image_data.Digits(data_dir=folder),
+        ):
+            builder.download_and_prepare()
+    return folder
+
+
+# ------------------------------------------------------------ the default run
+
+
+def test_the_default_command_reaches_97_percent_and_writes_its_results(
+    tmp_path, data_dir
+):
+    started = time.monotonic()
+    process = subprocess.run(
+        [sys.executable, "recipes/image_classification.py", "--output-dir", tmp_path],
+        capture_output=True,
+        check=False,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "TFDS_DATA_DIR": str(data_dir)},
+        timeout=TIME_LIMIT,
+    )
+    assert process.returncode == 0, process.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["accuracy"] >= 0.97
+    assert metrics["steps"] == metrics["epochs"] * (1437 // 32)
+    assert 0 < metrics["seconds"] < time.monotonic() - started
+    assert metrics["configuration"]["dataset"] == "digits"
+    assert metrics["versions"]["keras"] and metrics["hardware"]["cpu_cores"]
+    assert f"{metrics['accuracy']:.2%}" in process.stdout
+    for name in ("metrics.json", "curves.png", "model.keras", "checkpoint.npz"):
+        assert str(tmp_path / name) in process.stdout
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    written = read_scalars(tmp_path / "tensorboard" / "validation")
+    accuracies = [record["val_accuracy"] for record in metrics["history"]]
+    np.testing.assert_allclose(written["epoch_accuracy"], accuracies, rtol=1e-6)
+    assert not process.stderr.strip()
+
+
+def read_scalars(folder):
+    """The values of each tag of TensorBoard's only file in a folder."""
+    (path,) = folder.glob("events.out.tfevents.*")
+    values = {}
+    for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+        for value in tf.compat.v1.Event.FromString(record).summary.value:
+            assert value.metadata.plugin_data.plugin_name == "scalars"
+            number = float(tf.make_ndarray(value.tensor))
+            values.setdefault(value.tag, []).append(number)
+    return values
+
+
+# ----------------------------------------------------------- two steps of each
+
+
+@pytest.fixture(scope="module")
+def short_runs(tmp_path_factory, data_dir):
+    folder = tmp_path_factory.mktemp("short")
+
+    def run(name, *arguments, deleted=()):
+        return [
+            name,
+            [*SHORT, *arguments, "--output-dir", str(folder / name)],
+            *deleted,
+        ]
+
+    names = list(command_line.optimizers())
+    assert {"SGD", "Adam", "RMSprop"} < set(names)
+    runs = [run(name, "--optimizer", name, "--model", "mlp") for name in names]
+    ema = ["--model", "mlp", "--set", "use_ema=true", "--set", "ema_momentum=0.5"]
+    ema += ["--early-stopping", "1"]
+    runs += [
+        run("cnn", "--schedule", "constant", "--warmup", "0", "--seed", "3"),
+        run("resnet", "--model", "resnet", "--precision", "mixed_bfloat16"),
+        run(
+            "float16",
+            *("--precision", "mixed_float16", "--optimizer", "SGD"),
+            *("--set", "momentum=0.9", "--set", "nesterov=True"),
+        ),
+        run("fashion_mnist", "--dataset", "fashion_mnist", "--batch-size", "130"),
+        run("average", *ema),
+        ["again", run("average", *ema)[1]],
+        ["ended", run("average", *ema)[1], str(folder / "average" / "metrics.json")],
+        ["other", run("average", *ema, "--seed", "9")[1]],
+        ["anew", run("average", *ema, "--seed", "9", "--overwrite")[1]],
+        run("diverges", "--learning-rate", "1e38", "--optimizer", "SGD"),
+    ]
+    results = run_many(runs, data_dir)
+    return results, folder, names
+
+
+def test_every_optimizer_and_model_runs(short_runs):
+    results, folder, names = short_runs
+    for name in [*names, "cnn", "resnet", "float16", "fashion_mnist", "average"]:
+        code, out, err = results[name]
+        assert code == 0 and not err, (name, err)
+        assert "after 2 steps" in out, name
+        metrics = json.loads((folder / name / "metrics.json").read_text())
+        assert len(metrics["history"]) == 1
+    metrics = json.loads((folder / "fashion_mnist" / "metrics.json").read_text())
+    assert metrics["validation_split"] == "test"
+    metrics = json.loads((folder / "cnn" / "metrics.json").read_text())
+    assert metrics["history"][0]["learning_rate"] == pytest.approx(2e-3)
+
+
+def test_the_loss_scale_is_in_the_checkpoint(short_runs):
+    _, arrays = checkpoint.read(short_runs[1] / "float16" / "checkpoint.npz")
+    scale = next(v for k, v in arrays.items() if k.endswith("dynamic_scale"))
+    assert np.log2(scale) % 1 == 0
+    assert any("momentum" in name for name in arrays)
+
+
+def test_a_finished_run_says_so_and_another_configuration_is_refused(short_runs):
+    results = short_runs[0]
+    first = results["average"][1].splitlines()[1:]  # after the epoch's line
+    code, out, _ = results["again"]
+    assert code == 0 and "finished already" in out and out.splitlines()[1:] == first
+    # Killed after the last checkpoint: no training is left, the rest is done.
+    code, out, _ = results["ended"]
+    assert code == 0 and out.splitlines()[1:] == first
+    code, _, err = results["other"]
+    assert code == 2 and "seed: 0 there, 9 here" in err and "--overwrite" in err
+    assert results["anew"][0] == 0
+
+
+def test_a_run_that_diverges_says_so(short_runs):
+    code, _, err = short_runs[0]["diverges"]
+    assert code == 1 and "--learning-rate" in err and "checkpoint" in err
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
+def test_mirrored_replicas_train(tmp_path, data_dir, precision):
+    # One training a process: TensorFlow's collectives don't stand a second one.
+    mirrored = [*SHORT, "--strategy", "mirrored", "--output-dir", str(tmp_path)]
+    results = run_many(
+        [
+            ["odd", [*mirrored, "--batch-size", "33"]],
+            ["train", [*mirrored, "--precision", precision, "--seed", "1"]],
+            ["again", [*mirrored, "--precision", precision, "--seed", "1"]],
+        ],
+        data_dir,
+    )
+    code, _, err = results["odd"]
+    assert code == 2 and "multiple of the 2 replicas" in err
+    code, out, err = results["train"]
+    assert code == 0 and "after 2 steps" in out and not err
+    assert "finished already" in results["again"][1]
+
+
+# ------------------------------------------------------------------ bad input
+
+
+FOLDERS = ("partial", "broken", "unreadable", "file")
+BAD_INPUT = {
+    "optimizer": (
+        ["--optimizer", "AdmaW"],
+        ["no optimizer 'AdmaW'", "Did you mean AdamW?", "RMSprop"],
+    ),
+    "optimizer base": (["--optimizer", "Optimizer"], ["no optimizer 'Optimizer'"]),
+    "wrapper": (["--optimizer", "LossScaleOptimizer"], ["Expected one of: "]),
+    "dataset": (
+        ["--dataset", "fasion-mnist"],
+        ["no data set 'fasion-mnist'", "fashion_mnist", "digits"],
+    ),
+    "namespace": (["--dataset", "huggingface:mnist"], ["no data set"]),
+    "text set": (["--dataset", "imdb_reviews"], ["imdb_reviews", "--data-dir"]),
+    "key": (
+        ["--set", "beta2=0.99"],
+        ["AdamW has no argument 'beta2'", "Did you mean beta_2?", "clipnorm"],
+    ),
+    "range": (
+        ["--set", "beta_2=1.5"],
+        ["`beta_2` must be in [0, 1)", "Received: beta_2=1.5"],
+    ),
+    "type": (["--set", "amsgrad=maybe"], ["`amsgrad` must be True or False", "maybe"]),
+    "no value": (["--set", "beta_2"], ["KEY=VALUE", "beta_2"]),
+    "rate by set": (["--set", "learning_rate=1"], ["--learning-rate"]),
+    "rate": (["--learning-rate", "-1"], ["`learning_rate`", "-1"]),
+    "model": (["--model", "vit"], ["'vit'", "resnet"]),
+    "option": (["--optimzer", "SGD"], ["no option '--optimzer'", "--optimizer?"]),
+    "number": (["--epochs", "many"], ["--epochs", "'many'"]),
+    "epochs": (["--epochs", "0"], ["--epochs must be at least 1", "0"]),
+    "warm-up": (["--warmup", "2"], ["--warmup must be in [0, 1]", "2"]),
+    "batch": (["--batch-size", "5000"], ["at most 1437", "5000"]),
+    "replicas": (["--replicas", "2"], ["--strategy mirrored"]),
+    "seed": (["--seed", "-1"], ["--seed must be in", "-1"]),
+    "cifar10": (
+        ["--dataset", "cifar10"],
+        [
+            "'cifar10' isn't prepared",
+            "--data-dir",
+            "cifar-10-binary.tar.gz",
+            "internet",
+        ],
+    ),
+    "partial": (
+        ["--dataset", "fashion_mnist", "--data-dir", "{partial}"],
+        ["it has train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz"],
+    ),
+    "broken": (
+        ["--dataset", "fashion_mnist", "--data-dir", "{broken}"],
+        ["Preparing fashion_mnist from the files in {broken}", "failed", "checksum"],
+    ),
+    "checkpoint": (
+        ["--output-dir", "{unreadable}"],
+        ["can't be read as a checkpoint", "--overwrite"],
+    ),
+    "output": (["--output-dir", "{file}"], ["--output-dir"]),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad")
+    folders = {name: str(root / name) for name in FOLDERS}
+    for name in ("partial", "broken", "unreadable"):
+        Path(folders[name]).mkdir()
+    Path(folders["file"]).write_text("not a folder")
+    Path(folders["unreadable"], "checkpoint.npz").write_bytes(b"PK")
+    files = [
+        info.filename for info in tfds.builder_cls("fashion_mnist").url_infos.values()
+    ]
+    for name in files:
+        Path(folders["broken"], name).write_bytes(b"no archive")
+    Path(folders["partial"], "train-labels-idx1-ubyte.gz").write_bytes(b"no archive")
+    fill = lambda texts: [text.format(**folders) for text in texts]
+    runs = [
+        [
+            name,
+            [
+                *fill(given),
+                *(
+                    ["--output-dir", str(root / "out")]
+                    * ("{" not in given[-1] or "data" in given[-2])
+                ),
+            ],
+        ]
+        for name, (given, _) in BAD_INPUT.items()
+    ]
+    return run_many(runs, root / "data"), fill
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_named_and_mended(bad_runs, name):
+    results, fill = bad_runs
+    code, _, err = results[name]
+    assert code == 2
+    assert err.startswith("image_classification: error: ") and err.count("\n") == 1
+    for expected in fill(BAD_INPUT[name][1]):
+        assert expected.lower() in err.lower(), (expected, err)
+
+
+def test_a_dead_network_is_noticed_within_seconds(tmp_path):
+    """A connection that is accepted and then never answered."""
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        code = "import time; from recipes import image_data\n"
+        code += "start = time.monotonic()\n"
+        code += "try: image_data.load('cifar10', None, None)\n"
+        code += "except image_data.DatasetError as error: print(error)\n"
+        code += "print(time.monotonic() - start)"
+        environment = offline(server.getsockname()[1])
+        process = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            check=True,
+            text=True,
+            cwd=ROOT,
+            env={**environment, "TFDS_DATA_DIR": str(tmp_path)},
+            timeout=60,
+        )
+    message, seconds = process.stdout.strip().splitlines()
+    assert "can't be reached" in message
+    assert float(seconds) < 15
+
+
+# -------------------------------------------------------------------- resume
+
+
+def test_two_kills_leave_no_trace(tmp_path, data_dir):
+    """For 20: python tests/resume_kills.py --kills 20"""
+    kills = [resume_kills.Kill(1, fraction=0.4), resume_kills.Kill(1, fraction=None)]
+    options = ["--epochs", "10", "--data-dir", str(data_dir)]
+    different, _ = resume_kills.compare(kills, options, tmp_path)
+    assert different == []
+    log = (tmp_path / "rough.log").read_text()
+    assert log.count("Going on after epoch") == 2
+
+
+def test_a_checkpoint_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.npz"
+    checkpoint.write(path, {"epoch": 1}, {"w": np.arange(3.0)})
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for moment in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(checkpoint.os, moment, killed)
+            checkpoint.write(path, {"epoch": 2}, {"w": np.zeros(3)})
+        header, arrays = checkpoint.read(path)
+        assert header == {"epoch": 1} and arrays["w"].tolist() == [0.0, 1.0, 2.0]
+    checkpoint.write(path, {"epoch": 2}, {"w": np.zeros(3)})
+    assert checkpoint.read(path)[0] == {"epoch": 2}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------- data
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Images that tell their number: no two are equal, shifted or mirrored."""
+    count = 50
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 6, 5, 1), np.uint8)
+    numbers = np.arange(count, dtype=np.int32)
+    return image_data.ImageData(pixels, numbers, pixels[:37], numbers[:37], 50, "test")
+
+
+def epoch_by_number(images, epochs, batch_size=10, seed=0):
+    """Each epoch as a list of (number, image)."""
+    augmentation = image_data.Augmentation(shift=2, flip=True)
+    batches = image_data.training_batches(
+        images, augmentation, batch_size, seed, epochs
+    )
+    pairs = [
+        (int(number), image.tobytes())
+        for batch, labels in batches.as_numpy_iterator()
+        for image, number in zip(batch, labels, strict=True)
+    ]
+    size = len(pairs) // len(epochs)
+    return [pairs[i : i + size] for i in range(0, len(pairs), size)]
+
+
+def test_order_and_augmentation_follow_from_seed_epoch_and_number(images):
+    first, second, third = epoch_by_number(images, range(3))
+    assert sorted(number for number, _ in first) == list(range(50))
+    orders = [[number for number, _ in epoch] for epoch in (first, second, third)]
+    assert orders[0] != orders[1] != orders[2]
+    assert dict(first) != dict(second)  # other shifts
+    assert epoch_by_number(images, range(2, 3)) == [third]  # taken up at epoch 2
+    assert epoch_by_number(images, range(1), batch_size=25) == [first]
+    assert epoch_by_number(images, range(1), seed=1) != [first]
+
+
+def test_augmentation_shifts_and_mirrors(images):
+    draws = np.array([[0.5, 0.5, 0.9], [0.5, 0.5, 0.1], [0.0, 0.99, 0.9]], np.float32)
+    pixels = images.train_images[:3]
+    augmentation = image_data.Augmentation(shift=1, flip=True)
+    result = augmentation(tf.constant(pixels), tf.constant(draws)).numpy()
+    np.testing.assert_array_equal(result[0], pixels[0])
+    np.testing.assert_array_equal(result[1], pixels[1][:, ::-1])
+    np.testing.assert_array_equal(result[2][1:, :-1], pixels[2][:-1, 1:])
+    assert not result[2][0].any() and not result[2][:, -1].any()
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 8])
+def test_each_replica_has_validation_images_in_every_batch(images, replicas):
+    batches = image_data.validation_batches(images, replicas, largest_batch=10)
+    sizes = [len(labels) for _, labels in batches.as_numpy_iterator()]
+    assert sum(sizes) == 37
+    for size in sizes:
+        assert size > sizes[0] * (replicas - 1) / replicas
+
+
+def test_digits_are_split_evenly_over_the_classes(data_dir):
+    digits = image_data.load("digits", str(data_dir), None)
+    assert digits.image_shape == (8, 8, 1) and digits.train_images.max() == 255
+    train, validation = (
+        np.bincount(digits.train_labels),
+        np.bincount(digits.validation_labels),
+    )
+    assert train.sum() + validation.sum() == 1797 and validation.sum() == 360
+    assert np.abs(validation / (train + validation) - 0.2).max() < 0.01
