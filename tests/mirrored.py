@@ -107,6 +107,10 @@ def replicas_differ(model: keras.Model) -> float:
 
 def compare(make_optimizer, two_options=None, **options) -> dict:
     two = fit(2, make_optimizer, **options, **(two_options or {}))
+    return comparison(two, make_optimizer, **options)
+
+
+def comparison(two: keras.Model, make_optimizer, **options) -> dict:
     one = fit(1, make_optimizer, **options)
     return {
         "difference": difference(values(two), values(one)),
@@ -191,8 +195,8 @@ def steps_per_execution():
 def infinite_in_our_wrapper():
     """The scale falls, too: 8 steps, one of them bad in each of 2 epochs."""
     make = lambda: tf_effopt.LossScaleOptimizer(adam()(), initial_scale=8.0)
-    result = compare(make, x=bad_batch())
     model = fit(2, make, x=bad_batch())
+    result = comparison(model, make, x=bad_batch())
     result["scale"] = float(model.optimizer.dynamic_scale.numpy())
     result["iterations"] = int(model.optimizer.iterations.numpy())
     result["skipped"] = model.optimizer.inner_optimizer.skipped_steps

@@ -232,7 +232,9 @@ def test_a_run_that_diverges_says_so(short_runs):
     assert code == 1 and "--learning-rate" in err and "checkpoint" in err
 
 
-@pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
+@pytest.mark.parametrize(
+    "precision", ["float32", pytest.param("mixed_float16", marks=pytest.mark.slow)]
+)
 def test_mirrored_replicas_train(tmp_path, data_dir, precision):
     # One training a process: TensorFlow's collectives don't stand a second one.
     mirrored = [*SHORT, "--strategy", "mirrored", "--output-dir", str(tmp_path)]
@@ -380,6 +382,7 @@ def test_a_dead_network_is_noticed_within_seconds(tmp_path):
 # -------------------------------------------------------------------- resume
 
 
+@pytest.mark.slow
 def test_two_kills_leave_no_trace(tmp_path, data_dir):
     """For 20: python tests/resume_kills.py --kills 20"""
     kills = [resume_kills.Kill(1, fraction=0.4), resume_kills.Kill(1, fraction=None)]

@@ -103,7 +103,6 @@ def test_nearest_rounding_loses_small_steps():
         np.testing.assert_array_equal(value[above_one], start[above_one])
 
 
-@pytest.mark.keras
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 def test_adam_of_keras_does_not_train_bfloat16(name):
     regressions = Regressions(getattr(keras.optimizers, name)())
