@@ -141,7 +141,9 @@ def test_under_two_replicas():
     assert tf and "restored" in _python(script)
 
 
-@pytest.mark.parametrize("backend", ["jax", "torch"])
+@pytest.mark.parametrize(
+    "backend", ["jax", pytest.param("torch", marks=pytest.mark.torch)]
+)
 def test_other_backends(backend):
     """The rate reaches each batch: SGD's weight moves by rate times gradient."""
     pytest.importorskip(backend)
