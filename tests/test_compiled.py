@@ -131,3 +131,18 @@ def test_further_steps_trace_nothing(case):
     assert [
         p.run_function.experimental_get_tracing_count() for p in programs(optimizer)
     ] == [1]
+
+
+def test_autograph_rewrites_nothing_of_the_update(monkeypatch):
+    """It would take as long as tracing the update itself."""
+    optimizer, gradients = built(CASES[0])
+    seen = []
+    run = optimizer._engine.apply
+
+    def recording(*args):
+        seen.append(tf.__internal__.autograph.control_status_ctx().status.name)
+        return run(*args)
+
+    monkeypatch.setattr(optimizer._engine, "apply", recording)
+    tf.function(lambda: optimizer.apply(gradients)).get_concrete_function()
+    assert seen == ["DISABLED"]

@@ -286,6 +286,7 @@ class Optimizer(keras.optimizers.Optimizer):
         """
         self.apply_and_check(grads, trainable_variables)
 
+    @engine.without_autograph
     def apply_and_check(self, grads: list[Any], trainable_variables: Any = None) -> Any:
         """As `apply`; returns whether the gradient was finite, on all replicas.
 

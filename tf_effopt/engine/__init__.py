@@ -6,6 +6,7 @@ the gradients and writes what it returns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -28,6 +29,19 @@ def create(optimizer: Any) -> Engine:
         "tf_effopt runs on Keras's backends 'tensorflow', 'jax' and 'torch'. "
         f"Received: KERAS_BACKEND={backend!r}"
     )
+
+
+def without_autograph(function: Callable) -> Callable:
+    """Keeps TensorFlow from rewriting a function that a graph calls.
+
+    Ours has no Python `if` or `for` over tensors; to look for them takes as
+    long as to trace the update.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return function
+    from tf_effopt.engine.tensorflow import do_not_convert
+
+    return do_not_convert(function)
 
 
 def is_sparse(gradient: Any) -> bool:

@@ -24,6 +24,8 @@ from tf_effopt.engine.sparse import Rows
 
 log = logging.getLogger("tf_effopt")
 
+do_not_convert = tf.autograph.experimental.do_not_convert
+
 
 class TensorFlowEngine(Engine):
     """Runs the stages as compiled programs, one per replica and device."""
