@@ -57,6 +57,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 MIRRORED = (OURS, "Keras graph")
 SHORTEST_SAMPLE = 20.0  # milliseconds
+LARGE = 50_000_000  # parameters, above which options aren't measured eagerly
 
 
 # ------------------------------------------------------------------- what is run
@@ -95,6 +96,15 @@ def competitors_of(workload: Workload) -> list[Competitor]:
     if workload.replicas > 1:
         return [c for c in COMPETITORS if c.name in MIRRORED]
     return list(COMPETITORS)
+
+
+def is_too_large(workload: Workload, case: Case, competitor: Competitor) -> bool:
+    """All competitors' state is in memory at once, and options add to it."""
+    return (
+        workload.parameters > LARGE
+        and case.name in VARIANTS
+        and competitor.name.endswith("eager")
+    )
 
 
 def is_installed(package: str) -> bool:
@@ -189,6 +199,9 @@ def measure_case(
     for competitor in competitors:
         if competitor.name in missing:
             measured[competitor.name] = {"error": "not installed"}
+            continue
+        if is_too_large(workload, case, competitor):
+            measured[competitor.name] = {"error": "not measured"}
             continue
         worker = workers[competitor.framework]
         measured[competitor.name] = worker.ask("prepare", competitor.name, case)
