@@ -37,7 +37,7 @@ def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("linear_regression")
     patch = pytest.MonkeyPatch()
     patch.setattr(recipe, "SWEEP", [0.01, 0.1, 0.3, 3.0])
-    metrics = recipe.main(["--steps", "40", "--output-dir", str(folder)])
+    metrics = recipe.main(["--steps", "120", "--output-dir", str(folder)])
     patch.undo()
     return folder, metrics
 

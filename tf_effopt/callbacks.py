@@ -45,7 +45,10 @@ class LearningRateRangeTest(keras.callbacks.Callback):
     Args:
         low: float above 0, the first learning rate.
         high: float above `low`, the last.
-        steps: int of at least 2, the number of batches, and of rates.
+        steps: int of at least 2, the number of batches, and of rates. Where
+            batches have no noise, as full ones, too high a rate takes many
+            steps to show: there take 50 for each factor of 10 from `low` to
+            `high`.
         smoothing: float in [0, 1), share of the average loss kept per batch.
         explosion: float above 1. The test stops when the average loss is above
             `explosion` times the best so far, or isn't finite. (For a negative
