@@ -21,19 +21,29 @@ class Case:
         name: names the test.
         make: makes ours; takes further arguments, and other values of its own.
         keras: makes Keras's counterpart, or None where it has none.
+        same_decay: whether its weight decay, too, is that of the counterpart.
     """
 
     name: str
     make: Callable[..., tf_effopt.Optimizer]
     keras: Callable[..., keras.optimizers.Optimizer] | None
+    same_decay: bool = True
 
 
-def _case(name: str, class_name: str, **settings: Any) -> Case:
-    theirs = getattr(keras.optimizers, class_name, None)
+def _case(
+    name: str,
+    class_name: str,
+    same: bool = True,
+    same_decay: bool = True,
+    **settings: Any,
+) -> Case:
+    """`same` tells whether Keras's class of this name has the same rule."""
+    theirs = getattr(keras.optimizers, class_name, None) if same else None
     return Case(
         name,
         make=functools.partial(getattr(tf_effopt, class_name), **settings),
         keras=theirs and functools.partial(theirs, **settings),
+        same_decay=same_decay,
     )
 
 
@@ -45,6 +55,33 @@ CASES = [
     _case("amsgrad", "Adam", learning_rate=0.01, amsgrad=True),
     _case("adamw", "AdamW", learning_rate=0.01, weight_decay=0.1),
     _case("rmsprop", "RMSprop", learning_rate=0.01, momentum=0.9, centered=True),
+    _case("lion", "Lion", learning_rate=0.01),
+    _case("radam", "RAdam", learning_rate=0.01),
+    _case("nadam", "Nadam", learning_rate=0.01),
+    # Keras's decays outside the trust ratio.
+    _case("lamb", "Lamb", same_decay=False, learning_rate=0.01),
+    _case("lamb_decay", "Lamb", same=False, learning_rate=0.01, weight_decay=0.1),
+    _case(
+        "lars",
+        "Lars",
+        learning_rate=0.01,
+        trust_coefficient=0.1,
+        weight_decay=0.1,
+        exclude_from_adaptation=["bias"],
+    ),
+    # Keras's keeps the whole second moment, and is always relative.
+    _case("adafactor", "Adafactor", same=False, learning_rate=0.01),
+    _case(
+        "adafactor_absolute",
+        "Adafactor",
+        same=False,
+        learning_rate=0.01,
+        relative_step=False,
+    ),
+    # Its rate is a factor of the estimate, which makes them those of the others.
+    _case("prodigy", "Prodigy", learning_rate=1.0, initial_estimate=0.1),
+    # Keras's keeps other tensors, and loses the weights in `fit`.
+    _case("schedule_free_adamw", "ScheduleFreeAdamW", same=False, learning_rate=0.01),
 ]
 BY_NAME = {case.name: case for case in CASES}
 WITH_COUNTERPART = [case for case in CASES if case.keras]

@@ -235,6 +235,28 @@ def bfloat16_replicas_stay_equal():
     return {"difference": 0.0, "replicas": replicas_differ(two)}
 
 
+def numbers_of_the_model():
+    """Sums over all tensors, of the reduced gradient, are the same on each."""
+    return compare(lambda: optimizers.Prodigy(0.5, initial_estimate=0.05))
+
+
+def weights_for_evaluation():
+    """They are in place after `fit`; so are those to train at, when put back."""
+    models = []
+
+    def make():
+        models.append(optimizers.ScheduleFreeAdamW(0.01, weight_decay=0.1))
+        return models[-1]
+
+    two, one = fit(2, make), fit(1, make)
+    at_x = difference(values(two), values(one))
+    for optimizer in models:
+        assert optimizer.is_evaluating
+        optimizer.use_training_weights()
+    at_y = difference(values(two), values(one))
+    return {"difference": max(at_x, at_y), "replicas": replicas_differ(two)}
+
+
 def other_reductions():
     strategy = tf.distribute.MirroredStrategy(
         cross_device_ops=tf.distribute.ReductionToOneDevice()
@@ -326,6 +348,8 @@ OURS = [
     our_wrapper_around_keras,
     lazy_rows,
     bfloat16_replicas_stay_equal,
+    numbers_of_the_model,
+    weights_for_evaluation,
     other_reductions,
     training_loop_without_build,
     programs_per_replica,

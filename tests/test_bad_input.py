@@ -16,15 +16,15 @@ import tf_effopt
 
 NAN, INF = float("nan"), float("inf")
 SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
-CLASSES = ["GradientDescent", "SGD", "Adam", "AdamW", "RMSprop"]
-
 # kind: (what the message must say is expected, values that aren't that)
 NOT_NUMBERS = [NAN, INF, "0.5", True, np.array([0.5]), 1j, float]
 DECAY_RATE = (r"in \[0, 1\)", [1.0, 1.5, -0.1, None, *NOT_NUMBERS])
 FRACTION = (r"in \[0, 1\]", [1.5, -0.1, None, *NOT_NUMBERS])
 POSITIVE = ("a number above 0", [0, -1e-7, None, *NOT_NUMBERS])
 NON_NEGATIVE = ("a number of at least 0", [-0.1, None, *NOT_NUMBERS])
+NEGATIVE = ("a number below 0", [0, 0.5, None, *NOT_NUMBERS])
 SWITCH = ("True or False", [0, 1, "yes", None, 1.0])
+PATTERNS = ("a list of regular expressions", ["bias", None, 1, 0.5, [1], ["("]])
 
 
 def or_none(kind: tuple[str, list]) -> tuple[str, list]:
@@ -52,10 +52,11 @@ SHARED = {
         ["up", None, True, 1, ["nearest"]],
     ),
     "lazy": SWITCH,
+    "transforms": ("", []),  # has tests of its own
 }
+BETAS = {"beta_1": DECAY_RATE, "beta_2": DECAY_RATE}
 ADAM = {
-    "beta_1": DECAY_RATE,
-    "beta_2": DECAY_RATE,
+    **BETAS,
     "epsilon": POSITIVE,
     "amsgrad": SWITCH,
     "bias_correction": SWITCH,
@@ -71,7 +72,39 @@ OWN = {
         "epsilon": POSITIVE,
         "centered": SWITCH,
     },
+    "Adafactor": {
+        "beta_2_decay": NEGATIVE,
+        "epsilon_1": POSITIVE,
+        "epsilon_2": POSITIVE,
+        "clip_threshold": POSITIVE,
+        "relative_step": SWITCH,
+    },
+    "Lamb": {**BETAS, "epsilon": POSITIVE, "exclude_from_adaptation": PATTERNS},
+    "Lars": {
+        "momentum": FRACTION,
+        "trust_coefficient": POSITIVE,
+        "nesterov": SWITCH,
+        "exclude_from_adaptation": PATTERNS,
+    },
+    "Lion": BETAS,
+    "Nadam": {**BETAS, "epsilon": POSITIVE},
+    "Prodigy": {
+        **BETAS,
+        "epsilon": POSITIVE,
+        "bias_correction": SWITCH,
+        "safeguard_warmup": SWITCH,
+        "initial_estimate": POSITIVE,
+        "estimate_coefficient": POSITIVE,
+    },
+    "RAdam": {**BETAS, "epsilon": POSITIVE},
+    "ScheduleFreeAdamW": {
+        "beta_1": (r"in \(0, 1\)", [0, 0.0, *DECAY_RATE[1]]),
+        "beta_2": DECAY_RATE,
+        "epsilon": POSITIVE,
+        "warmup_steps": count(1),
+    },
 }
+CLASSES = list(OWN)
 WRONG = [
     (class_name, argument, expected, value)
     for class_name in CLASSES
@@ -177,6 +210,42 @@ def test_lazy_with_accumulation_is_refused():
         tf_effopt.Adam(lazy=True, gradient_accumulation_steps=2)
 
 
+NOT_ELEMENTWISE = [c for c in CLASSES if not getattr(tf_effopt, c).elementwise]
+
+
+@pytest.mark.parametrize("class_name", NOT_ELEMENTWISE)
+def test_lazy_with_a_rule_that_sees_whole_tensors_is_refused(class_name):
+    message = f"`lazy=True` can't be combined with {class_name}: its step for a row"
+    with pytest.raises(ValueError, match=message + ".*Received: lazy=True"):
+        getattr(tf_effopt, class_name)(lazy=True)
+
+
+def test_lazy_with_transforms_is_refused():
+    message = "`lazy=True` can't be combined with `transforms`.*Received: transforms="
+    with pytest.raises(ValueError, match=message):
+        tf_effopt.Adam(lazy=True, transforms=[tf_effopt.transforms.Transform()])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, 1, "clip", tf_effopt.transforms.Transform(), ["clip"], [None]]
+    + [[tf_effopt.transforms.Transform]],
+    ids=repr,
+)
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_what_is_no_transform_is_refused(class_name, value):
+    message = "`transforms` must be a list of instances of .*Received: "
+    with pytest.raises(ValueError, match=message):
+        getattr(tf_effopt, class_name)(transforms=value)
+
+
+def test_transform_of_another_optimizer_is_refused():
+    transform = tf_effopt.transforms.Transform()
+    tf_effopt.SGD(transforms=[transform]).build([keras.Variable([1.0])])
+    with pytest.raises(ValueError, match="each for this optimizer only"):
+        tf_effopt.SGD(transforms=[transform])
+
+
 def test_lazy_without_tensorflow_is_refused(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(ValueError, match=r"needs Keras's TensorFlow.*'jax'"):
@@ -238,6 +307,14 @@ STRUCTURAL = [
     ("Adam", {}, "loss_scale_factor", 8.0),
     ("Adam", {}, "rounding", "nearest"),
     ("Adam", {}, "lazy", True),
+    ("Lars", {}, "nesterov", True),
+    ("Lars", {}, "exclude_from_adaptation", ["bias"]),
+    ("Lamb", {}, "exclude_from_adaptation", ["bias"]),
+    ("Adafactor", {}, "relative_step", False),
+    ("Prodigy", {}, "bias_correction", True),
+    ("Prodigy", {}, "safeguard_warmup", True),
+    ("ScheduleFreeAdamW", {}, "warmup_steps", 5),
+    ("ScheduleFreeAdamW", {"warmup_steps": 5}, "warmup_steps", 0),
 ]
 
 

@@ -36,12 +36,9 @@ def programs(optimizer) -> list:
 
 
 def arguments(optimizer, gradients):
-    scalars = (
-        tf.convert_to_tensor(optimizer._iterations),
-        tf.convert_to_tensor(optimizer.learning_rate),
-        tf.convert_to_tensor(optimizer._engine._pairs),
-    )
-    return list(gradients), scalars, None, None
+    numbers = optimizer._engine.scalars()
+    scalars = numbers.iterations, numbers.learning_rate, numbers.pairs, numbers.model
+    return list(gradients), scalars, None
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
@@ -52,12 +49,15 @@ def test_a_step_is_one_compiled_program(case, options):
     operations = step.get_concrete_function().graph.get_operations()
     calls = [op for op in operations if "PartitionedCall" in op.type]
     assert [op.get_attr("_XlaMustCompile") for op in calls] == [True]
-    # What is left outside counts steps and reads numbers.
-    others = {op.type for op in operations if op not in calls}
-    assert others <= {
+    # What is left outside counts steps, and reads and writes single numbers.
+    outside = [op.type for op in operations if op not in calls]
+    model_slots = [x for own in optimizer._engine.model_state.values() for x in own]
+    assert outside.count("AssignVariableOp") == len(model_slots)
+    assert set(outside) - {"AssignVariableOp"} <= {
         "AssignAddVariableOp",
         "Cast",
         "Const",
+        "EnsureShape",
         "LogicalNot",
         "NoOp",
         "Placeholder",

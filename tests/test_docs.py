@@ -24,6 +24,7 @@ PURE = [
     *(ROOT / "tf_effopt" / "optimizers").glob("*.py"),
     *(ROOT / "tf_effopt" / "transforms").glob("*.py"),
     *(ROOT / "tf_effopt" / "averaging").glob("*.py"),
+    *(ROOT / "tf_effopt" / name for name in ("linalg.py", "random.py", "rules.py")),
 ]
 
 

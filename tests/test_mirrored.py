@@ -30,6 +30,8 @@ OURS = [
     "our_wrapper_around_keras",
     "lazy_rows",
     "bfloat16_replicas_stay_equal",
+    "numbers_of_the_model",
+    "weights_for_evaluation",
     "other_reductions",
     "training_loop_without_build",
     "programs_per_replica",
@@ -100,3 +102,56 @@ def test_mixing_strategies_says_what_to_do(ours):
     assert len(errors) == 3
     assert "strategy.scope()" in errors[0]
     assert all("strategy.run" in error for error in errors[1:])
+
+
+ODD_REPLICAS = """
+import json, keras, numpy as np, tensorflow as tf
+from tf_effopt import SGD
+
+replicas = {replicas}
+cpu = tf.config.list_physical_devices("CPU")[0]
+parts = [tf.config.LogicalDeviceConfiguration()] * replicas
+tf.config.set_logical_device_configuration(cpu, parts)
+found = {{}}
+for name, reduction in (
+    ("default", None),
+    ("hierarchical", tf.distribute.HierarchicalCopyAllReduce()),
+    ("one device", tf.distribute.ReductionToOneDevice()),
+):
+    strategy = tf.distribute.MirroredStrategy(cross_device_ops=reduction)
+    with strategy.scope():
+        w = keras.Variable(0.0)
+        optimizer = SGD(1.0)
+        optimizer.build([w])
+
+    @tf.function
+    def step(gradients):
+        def of_replica():
+            own = tf.distribute.get_replica_context().replica_id_in_sync_group
+            optimizer.apply([gradients[own]], [w])
+        strategy.run(of_replica)
+
+    powers = 2.0 ** np.arange(replicas)
+    step(tf.constant(powers, "float32"))
+    last_is_bad = np.where(np.arange(replicas) < replicas - 1, 1.0, np.nan)
+    step(tf.constant(last_is_bad, "float32"))
+    found[name] = [float(w.numpy()), int(optimizer.skipped_steps)]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("replicas", [3, 5])
+def test_an_odd_number_of_replicas_counts_the_last_one(replicas):
+    """TensorFlow's hierarchical copy leaves it out."""
+    finished = subprocess.run(
+        [sys.executable, "-c", ODD_REPLICAS.format(replicas=replicas)],
+        check=False,
+        env=os.environ | {"KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": "-1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    found = json.loads(finished.stdout.splitlines()[-1])
+    expected = [-(2.0**replicas - 1), 1]
+    assert found == dict.fromkeys(["default", "hierarchical", "one device"], expected)

@@ -13,7 +13,7 @@ import tensorflow as tf
 from cases import BY_NAME, CASES, arrays
 from keras import ops
 
-from tf_effopt import precision
+from tf_effopt import precision, random
 from tf_effopt.hyperparameters import Decay
 
 every_case = pytest.mark.parametrize("case", CASES, ids=cases.by_name)
@@ -131,7 +131,7 @@ DRAWS = 4096
 def stored(values: Any, dtype: str, update: int = 1) -> np.ndarray:
     """`DRAWS` writes of each of `values`, as float64."""
     many = np.repeat(np.array(values, "float32")[:, None], DRAWS, axis=1)
-    bits = precision.random_bits(many.shape, ops.convert_to_tensor(update), 0)
+    bits = random.bits(many.shape, ops.convert_to_tensor(update), 0)
     stored = precision.store(ops.convert_to_tensor(many), dtype, bits)
     assert stored.dtype == dtype
     return np.array(stored, "float64")
@@ -238,7 +238,7 @@ def reference_bits(size: int, update: int, variable: int) -> np.ndarray:
 
 def random_bits(size: int, update: int, variable: int) -> np.ndarray:
     update = ops.convert_to_tensor(update, "int32")
-    return ops.convert_to_numpy(precision.random_bits((size,), update, variable))
+    return ops.convert_to_numpy(random.bits((size,), update, variable))
 
 
 @pytest.mark.parametrize("update", [1, 2, 1000, 2**31 - 1])
@@ -252,7 +252,7 @@ def test_random_bits_are_the_same_everywhere(update, variable):
 def test_random_bits_are_the_same_in_a_graph(compiled):
     @tf.function(jit_compile=compiled)
     def bits(update: Any) -> Any:
-        return precision.random_bits((50, 100), update, 17)
+        return random.bits((50, 100), update, 17)
 
     for update in (1, 2, 77777):
         expected = reference_bits(5000, update, 17).reshape(50, 100)
@@ -262,7 +262,7 @@ def test_random_bits_are_the_same_in_a_graph(compiled):
 def test_random_bits_of_rows_are_those_of_their_table():
     table = reference_bits(7 * 3, 5, 2).reshape(7, 3)
     elements = ops.convert_to_tensor([[12, 13, 14], [0, 1, 2]], "int32")
-    rows = precision.hash_rows(elements, ops.convert_to_tensor(5), 2)
+    rows = random.bits_of(elements, ops.convert_to_tensor(5), 2)
     np.testing.assert_array_equal(rows, table[[4, 0]])
 
 

@@ -11,6 +11,7 @@ from oracles import RULES, train
 import tf_effopt
 
 SHAPES = [(3, 4), (), (4097,), (2, 3, 2, 5), (1,)]
+NAMES = ["w0", "w1", "bias", "w3", "w4"]  # for patterns in the settings
 STEPS = 60
 STAGES = [
     {},
@@ -46,7 +47,8 @@ def problem(seed: int = 0) -> tuple[list, list, list]:
 def run(optimizer, weights, gradients, rates, dtype="float32"):
     """The optimizer's own trajectory; returns weights, slots and averages."""
     variables = [
-        keras.Variable(w, dtype=dtype, name=f"w{i}") for i, w in enumerate(weights)
+        keras.Variable(w, dtype=dtype, name=name)
+        for w, name in zip(weights, NAMES, strict=True)
     ]
     scale = optimizer.loss_scale_factor or 1.0
     for gs, rate in zip(gradients, rates, strict=True):
@@ -97,7 +99,7 @@ def test_follows_its_source(case, stages):
     weights = [w.astype("float32") for w in weights]
     class_name = case.make.func.__name__
     settings = settings_of(case) | stages
-    expected = train(class_name, settings, weights, gradients, rates)
+    expected = train(class_name, settings, weights, gradients, rates, NAMES)
     actual = run(case.make(**stages), weights, gradients, rates)
     for i, shape in enumerate(SHAPES):
         assert_near(actual[0][i], expected[0][i], 1e-6, f"weight {shape}")

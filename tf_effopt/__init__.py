@@ -15,21 +15,45 @@ except ImportError as error:
         "KERAS_BACKEND=torch."
     ) from error
 
-from tf_effopt import callbacks, hyperparameters
+from tf_effopt import callbacks, hyperparameters, rules, transforms
 from tf_effopt.base import Optimizer
 from tf_effopt.loss_scale import LossScaleOptimizer
-from tf_effopt.optimizers import SGD, Adam, AdamW, GradientDescent, RMSprop
+from tf_effopt.optimizers import (
+    SGD,
+    Adafactor,
+    Adam,
+    AdamW,
+    GradientDescent,
+    Lamb,
+    Lars,
+    Lion,
+    Nadam,
+    Prodigy,
+    RAdam,
+    RMSprop,
+    ScheduleFreeAdamW,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SGD",
+    "Adafactor",
     "Adam",
     "AdamW",
     "GradientDescent",
+    "Lamb",
+    "Lars",
+    "Lion",
     "LossScaleOptimizer",
+    "Nadam",
     "Optimizer",
+    "Prodigy",
+    "RAdam",
     "RMSprop",
+    "ScheduleFreeAdamW",
     "callbacks",
     "hyperparameters",
+    "rules",
+    "transforms",
 ]

@@ -6,16 +6,26 @@ computes is the rule's (`tf_effopt.optimizers`).
 
 from __future__ import annotations
 
-import difflib
-import inspect
+import functools
 import warnings
 from typing import Any
 
 import keras
 import numpy as np
 
-from tf_effopt import engine
-from tf_effopt.engine.base import check_dtype, dtype_name, path_of
+from tf_effopt import engine, saving
+from tf_effopt.arguments import constructor_arguments, unknown_argument
+from tf_effopt.checks import (
+    as_int,
+    checked_gradients,
+    checked_learning_rate,
+    checked_transforms,
+    checked_variables,
+    same_shape,
+    without_none,
+)
+from tf_effopt.engine.base import check_dtype, dtype_name
+from tf_effopt.engine.plan import EVALUATING, OPTIMIZER
 from tf_effopt.exclusions import Exclusions
 from tf_effopt.hyperparameters import (
     Choice,
@@ -25,7 +35,10 @@ from tf_effopt.hyperparameters import (
     Positive,
     Switch,
 )
+from tf_effopt.paths import path_of
 from tf_effopt.precision import ROUNDINGS, compute_dtype, is_narrow
+from tf_effopt.rules import Evaluation, ModelRule, Part, Slot, Slots, slot_groups
+from tf_effopt.transforms.base import Transform
 
 EXCLUSIONS = "exclude_from_weight_decay"  # in a configuration
 
@@ -35,13 +48,14 @@ class Optimizer(keras.optimizers.Optimizer):
 
     A subclass is a rule, the names of its slots, and its hyper-parameters:
 
+    >>> import tf_effopt
     >>> from tf_effopt import Optimizer, hyperparameters
     >>> def sign_rule(g, slots, *, learning_rate, beta):
     ...     m = beta * slots["m"] + (1 - beta) * g
     ...     return -learning_rate * keras.ops.sign(m), {"m": m}
     >>> class SignDescent(Optimizer):
     ...     rule = staticmethod(sign_rule)
-    ...     slots = {"m": "momentum"}
+    ...     slots = tf_effopt.rules.Slots(m="momentum")
     ...     beta = hyperparameters.DecayRate()
     ...     def __init__(self, learning_rate=0.01, beta=0.9, **kwargs):
     ...         super().__init__(learning_rate, **kwargs)
@@ -54,8 +68,14 @@ class Optimizer(keras.optimizers.Optimizer):
     The rule is called as `rule(g, slots, *, learning_rate, ...)` and returns
     `(delta, slots)`. Its further keyword-only arguments are looked up by name:
     `t` is the number of this update, from 1; `w` the weight before the step
-    and its decay; any other a hyper-parameter of the class. Numbers come as
-    scalar tensors of the dtype of `g`, the wider of float32 and the weight's.
+    and its decay; `weight_decay` that of this variable, for rules that decay
+    themselves; any other a hyper-parameter of the class, or a number that its
+    `model_rule` returns. Numbers come as scalar tensors of the dtype of `g`, the
+    wider of float32 and the weight's.
+
+    Rules that need more than one tensor at a time set `model_rule`, and
+    `elementwise = False` if they look at a whole tensor; classes with several
+    rules override `part`; see `tf_effopt.rules`.
 
     Every number may change while training, without compiling again:
     `optimizer.beta_1 = 0.8`. (On Keras's JAX backend this is true of
@@ -91,6 +111,8 @@ class Optimizer(keras.optimizers.Optimizer):
             (right on average, the same on each replica), `"compensated"`
             (what was lost is kept, 1 more value per parameter) or
             `"nearest"` (small steps are lost). Slots are float32 for them.
+        transforms: list of `tf_effopt.transforms`, which change the gradient
+            before the rule or the step after it, in this order, after clipping.
         lazy: bool. An embedding's gradient has only the rows that were looked
             up. If True, only these rows' weights, slots and decay move, at
             the cost of these rows; else the result equals that of a dense
@@ -105,7 +127,10 @@ class Optimizer(keras.optimizers.Optimizer):
     """
 
     rule: Any
-    slots: Any = ()
+    slots: Slots | tuple[Slots, ...] = ()
+    model_rule: ModelRule | None = None
+    evaluation: Evaluation | None = None
+    elementwise = True  # whether each element's step depends on it alone
 
     weight_decay = NonNegative(optional=True)
     clipnorm = NonNegative(optional=True, zero_is_off=True)
@@ -133,33 +158,40 @@ class Optimizer(keras.optimizers.Optimizer):
         gradient_accumulation_steps=None,
         rounding="stochastic",
         lazy=False,
+        transforms=(),
         name=None,
         **kwargs,
     ):
         if kwargs:
-            raise ValueError(_unknown_argument(type(self), next(iter(kwargs))))
-        if "rule" not in dir(type(self)):
+            raise ValueError(
+                unknown_argument(type(self), next(iter(kwargs)), Optimizer)
+            )
+        if "rule" not in dir(type(self)) and type(self).part is Optimizer.part:
             raise TypeError(
                 f"{type(self).__name__} has no rule. Set `rule = "
                 "staticmethod(my_rule)` in the class; see `tf_effopt.Optimizer`."
             )
         super().__init__(
-            _checked_learning_rate(learning_rate),
+            checked_learning_rate(learning_rate),
             weight_decay=weight_decay,
             clipnorm=clipnorm,
             clipvalue=clipvalue,
             global_clipnorm=global_clipnorm,
             use_ema=use_ema,
             ema_momentum=ema_momentum,
-            ema_overwrite_frequency=ema_overwrite_frequency,
+            ema_overwrite_frequency=as_int(ema_overwrite_frequency),
             loss_scale_factor=loss_scale_factor,
-            gradient_accumulation_steps=gradient_accumulation_steps,
+            gradient_accumulation_steps=as_int(gradient_accumulation_steps),
             name=name,
         )
         self.rounding = rounding
         self.lazy = lazy
+        # Past Keras's and TensorFlow's tracking, which would wrap the list.
+        self.__dict__["_transforms"] = checked_transforms(transforms)
         self._check_lazy()
         self._engine = engine.create(self)
+        self._part: Part | None = None
+        self._skipped_before = 0
         self._decay_exclusions = Exclusions()
         self._state_to_load = None
 
@@ -185,6 +217,16 @@ class Optimizer(keras.optimizers.Optimizer):
                 "Received: gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps}"
             )
+        if not self.elementwise:
+            raise ValueError(
+                f"`lazy=True` can't be combined with {type(self).__name__}: its step "
+                "for a row depends on the other rows. Received: lazy=True"
+            )
+        if self.transforms:
+            raise ValueError(
+                "`lazy=True` can't be combined with `transforms`: they see whole "
+                f"tensors. Received: transforms={list(self.transforms)}"
+            )
 
     # ------------------------------------------------------------- building
 
@@ -202,14 +244,15 @@ class Optimizer(keras.optimizers.Optimizer):
                 another strategy.
         """
         if not self.built:
-            variables = list(variables)
+            variables = checked_variables(variables)
             for variable in variables:
                 if not self._overwrite_variable_with_gradient(variable):
                     check_dtype(variable)
                     self._engine.check_variable(variable)
             with self._engine.building():
                 super().build(variables)  # averages, then accumulators
-                self._engine.build(self._build_state(variables))
+                state = self._build_state(variables)
+                self._engine.build(state, self._build_model_state(state))
         if self._state_to_load is not None:
             with self._engine.building():
                 self._assign_state(self._state_to_load)
@@ -220,16 +263,19 @@ class Optimizer(keras.optimizers.Optimizer):
         state: list[dict | None] = [
             None
             if self._overwrite_variable_with_gradient(v)
-            else {"weight": v, "slots": {}}
+            else {
+                "weight": v,
+                "slots": {},
+                "part": self.part(path_of(v), tuple(v.shape)),
+            }
             for v in variables
         ]
-        groups = self.slots if isinstance(self.slots, tuple) else (self.slots,)
-        for group in filter(None, groups):
-            made = self.add_optimizer_variables(variables, list(group.values()))
-            for letter, slots in zip(group, made, strict=True):
-                for tensors, slot in zip(state, slots, strict=True):
-                    if tensors is not None:
-                        tensors["slots"][letter] = slot
+        self._slots_start = len(self.variables)
+        parts = [None if tensors is None else tensors["part"] for tensors in state]
+        for group in slot_groups(parts):
+            for tensors, slots in zip(state, group, strict=True):
+                for letter, slot in slots.items():
+                    tensors["slots"][letter] = self._add_slot(tensors["weight"], slot)
         for i, tensors in enumerate(state):
             if tensors is None:
                 continue
@@ -244,6 +290,59 @@ class Optimizer(keras.optimizers.Optimizer):
                 )
         return state
 
+    def _build_model_state(self, state: list[dict | None]) -> dict[int, dict]:
+        """Makes the slots of rules for the whole model, owner by owner."""
+        dtypes = {compute_dtype(dtype_name(t["weight"])) for t in state if t}
+        dtype = "float64" if "float64" in dtypes else "float32"
+        made: dict[int, dict] = {}
+        for number, owner in enumerate(self.owners()):
+            slots = dict(owner.model_rule.slots) if owner.model_rule else {}
+            if number == OPTIMIZER and self.evaluation is not None:
+                slots[EVALUATING] = (EVALUATING, 0.0)
+            for letter, (name, start) in slots.items():
+                made.setdefault(number, {})[letter] = self.add_variable(
+                    shape=(),
+                    # Not by `Constant`, which goes through float32.
+                    initializer=functools.partial(_filled, start),
+                    dtype=dtype,
+                    aggregation="only_first_replica",
+                    name=name,
+                )
+        return made
+
+    def owners(self) -> list[Any]:
+        """Whose hyper-parameters the update reads: this optimizer's come first."""
+        return [self, *self.transforms]
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """What stands before and after the rule, in its order."""
+        return self.__dict__["_transforms"]
+
+    def part(self, path: str, shape: tuple[int, ...]) -> Part:
+        """The rule and the slots of one variable.
+
+        Override it where variables are trained by different rules. Return the
+        same object for those that are trained alike.
+
+        Args:
+            path: of the variable.
+            shape: its shape.
+        """
+        if self._part is None:
+            self._part = Part(self.rule, self.slots)
+        return self._part
+
+    def _add_slot(self, weight: Any, slot: Slot) -> Any:
+        shape = tuple(weight.shape)
+        return self._add_beside(
+            weight,
+            slot.name,
+            compute_dtype(dtype_name(weight)),
+            shape if slot.shape is None else slot.shape(shape),
+            slot.starts_at_weight,
+        )
+
     def add_variable_from_reference(
         self, reference_variable: Any, name: str | None = None, initializer="zeros"
     ) -> Any:
@@ -253,21 +352,41 @@ class Optimizer(keras.optimizers.Optimizer):
         and an average starts at the weight.
         """
         dtype = dtype_name(reference_variable)
-        if name == "average":
+        if name not in ("average", "compensation"):
+            dtype = compute_dtype(dtype)
+        return self._add_beside(
+            reference_variable,
+            name or "var",
+            dtype,
+            reference_variable.shape,
+            name == "average",
+            initializer,
+        )
+
+    def _add_beside(
+        self,
+        weight: Any,
+        name: str,
+        dtype: str,
+        shape: Any,
+        starts_at_weight: bool,
+        initializer: Any = "zeros",
+    ) -> Any:
+        if starts_at_weight:
 
             def initializer(shape: Any, dtype: Any) -> Any:
                 # A copy: on PyTorch the tensor is the weight's own memory.
-                return keras.ops.copy(keras.ops.cast(reference_variable, dtype))
-        elif name != "compensation":
-            dtype = compute_dtype(dtype)
-        path = path_of(reference_variable).replace("/", "_").replace(":", "_")
-        with self._engine.colocated(reference_variable):
+                return keras.ops.copy(keras.ops.cast(weight, dtype))
+
+        path = path_of(weight).replace("/", "_").replace(":", "_")
+        same_shape = tuple(shape) == tuple(weight.shape)
+        with self._engine.colocated(weight):
             return self.add_variable(
-                shape=reference_variable.shape,
+                shape=shape,
                 initializer=initializer,
                 dtype=dtype,
-                name=f"{path}_{name or 'var'}",
-                layout=getattr(reference_variable, "_layout", None),
+                name=f"{path}_{name}",
+                layout=getattr(weight, "_layout", None) if same_shape else None,
             )
 
     # -------------------------------------------------------------- running
@@ -293,9 +412,9 @@ class Optimizer(keras.optimizers.Optimizer):
         Returns:
             A boolean scalar tensor. False means that nothing was changed.
         """
-        grads = list(grads)
-        variables = self._matching_variables(grads, trainable_variables)
-        grads, variables = _without_none(grads, variables)
+        grads = checked_gradients(grads)
+        variables = self.matching_variables(grads, trainable_variables)
+        grads, variables = without_none(grads, variables)
         if self._trained_by_gradient_values(variables):
             grads, variables = self._overwrite_variables_directly_with_gradients(
                 grads, variables
@@ -305,10 +424,19 @@ class Optimizer(keras.optimizers.Optimizer):
         indices = [self._get_variable_index(v) for v in variables]
         return self._engine.apply(list(grads), indices)
 
+    def scale_loss(self, loss: Any) -> Any:
+        """Returns the loss times `loss_scale_factor`, as it is now."""
+        if self.loss_scale_factor is None:
+            return loss
+        factor = self.loss_scale_factor
+        if self.built:
+            factor = self._engine.number_now("loss_scale_factor")
+        return loss * keras.ops.cast(factor, loss.dtype)
+
     def _trained_by_gradient_values(self, variables: list[Any]) -> bool:
         return any(self._overwrite_variable_with_gradient(v) for v in variables)
 
-    def _matching_variables(self, grads: list[Any], variables: Any) -> list[Any]:
+    def matching_variables(self, grads: list[Any], variables: Any) -> list[Any]:
         """The variables of `grads`, the optimizer built on them if need be."""
         if variables is None:
             if not self.built:
@@ -318,7 +446,7 @@ class Optimizer(keras.optimizers.Optimizer):
                     "first, or pass the variables."
                 )
             variables = self._trainable_variables
-        variables = list(variables)
+        variables = checked_variables(variables)
         if len(grads) != len(variables):
             raise ValueError(
                 "`grads` must have one gradient, or None, for each variable. "
@@ -329,7 +457,7 @@ class Optimizer(keras.optimizers.Optimizer):
             if self._var_key(variable) not in self._trainable_variables_indices:
                 raise ValueError(self._unknown_variable(variable))
         for g, variable in zip(grads, variables, strict=True):
-            if g is not None and not _same_shape(g, variable):
+            if g is not None and not same_shape(g, variable):
                 raise ValueError(
                     f"The gradient of {path_of(variable)} must have its shape "
                     f"{tuple(variable.shape)}. Received: shape {tuple(g.shape)}."
@@ -367,6 +495,7 @@ class Optimizer(keras.optimizers.Optimizer):
             if index is None or self._engine.state[index] is None:
                 continue
             _copy_state(self._engine.state[index], other._engine.state[i])
+        _copy_state(self._engine.model_state, other._engine.model_state)
         other._iterations.assign(keras.ops.copy(self._iterations.value))
         return other
 
@@ -375,7 +504,9 @@ class Optimizer(keras.optimizers.Optimizer):
         config.pop(EXCLUSIONS, None)
         if not isinstance(self._learning_rate, keras.Variable):
             config["learning_rate"] = self._learning_rate
-        other = type(self)(**config)
+        config["transforms"] = [x.from_config(x.get_config()) for x in self.transforms]
+        with self._engine.building():  # under this one's strategy
+            other = type(self)(**config)
         other._decay_exclusions = self._decay_exclusions.copy()
         return other
 
@@ -409,7 +540,7 @@ class Optimizer(keras.optimizers.Optimizer):
     @learning_rate.setter
     def learning_rate(self, value: Any) -> None:
         keras.optimizers.Optimizer.learning_rate.fset(
-            self, _checked_learning_rate(value)
+            self, checked_learning_rate(value)
         )
 
     def finalize_variable_values(self, var_list: list[Any]) -> None:
@@ -418,18 +549,62 @@ class Optimizer(keras.optimizers.Optimizer):
         `fit` calls it after its last epoch.
 
         Args:
-            var_list: the model's variables; the averages of all variables that
-                this optimizer trains are used.
+            var_list: the model's trainable variables; others stay as they are.
         """
         if self.use_ema and self.built:
-            self._engine.overwrite_with_averages()
-        if skipped := self.skipped_steps:
+            indices = [
+                self._trainable_variables_indices[self._var_key(v)]
+                for v in var_list
+                if self._var_key(v) in self._trainable_variables_indices
+            ]
+            self._engine.overwrite_with_averages(indices)
+        if self.evaluation is not None and self.built and not self.is_evaluating:
+            self.use_evaluation_weights()
             warnings.warn(
-                f"{self.name}: {skipped} steps had a gradient that wasn't finite "
-                "and changed nothing. If it isn't for loss scaling that finds its "
-                "scale, look for a division by zero or a too high learning rate.",
+                f"{self.name}: the weights for evaluation are in place now; during "
+                "`fit` they weren't, also not for its validation and checkpoints. "
+                "Pass `callbacks=[tf_effopt.callbacks.EvaluationWeights()]` to `fit`.",
                 stacklevel=2,
             )
+        skipped = self.skipped_steps or 0
+        if skipped > self._skipped_before:
+            warnings.warn(
+                f"{self.name}: {skipped - self._skipped_before} steps had a gradient "
+                "whose sum or norm, or a learning rate that wasn't finite, and "
+                "changed nothing. If it isn't for loss scaling that finds its scale, "
+                "look for a division by zero or a too high learning rate.",
+                stacklevel=2,
+            )
+        self._skipped_before = skipped
+
+    # --------------------------------------------------- weights for evaluation
+
+    def use_evaluation_weights(self) -> None:
+        """Puts in place the weights at which to evaluate and use the model.
+
+        For optimizers such as `ScheduleFreeAdamW`, which train at others; for
+        the rest nothing happens. In `fit`, `callbacks.EvaluationWeights` calls it.
+        """
+        self._switch(to_evaluation=True)
+
+    def use_training_weights(self) -> None:
+        """Puts back the weights at which to train; see `use_evaluation_weights`."""
+        self._switch(to_evaluation=False)
+
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether the weights in place are those for evaluation."""
+        if self.evaluation is None or not self.built:
+            return False
+        mark = self._engine.model_state[OPTIMIZER][EVALUATING]
+        return bool(float(keras.ops.convert_to_numpy(mark)) > 0)
+
+    def _switch(self, to_evaluation: bool) -> None:
+        if self.evaluation is None or not self.built:
+            return
+        steps = int(keras.ops.convert_to_numpy(self._iterations))
+        if steps and self.is_evaluating != to_evaluation:
+            self._engine.switch(to_evaluation)
 
     # --------------------------------------------------------- weight decay
 
@@ -455,10 +630,13 @@ class Optimizer(keras.optimizers.Optimizer):
                 "is built, that is before the first step: the compiled update "
                 "holds the choice."
             )
-        self._decay_exclusions = Exclusions.of(var_list or (), var_names or ())
+        self._decay_exclusions = Exclusions.of(
+            () if var_list is None else var_list, () if var_names is None else var_names
+        )
 
     def _decays(self, variable: Any, index: int) -> bool:
-        return not self._decay_exclusions.has(variable, index)
+        paths = {path_of(v) for v in self._trainable_variables}
+        return not self._decay_exclusions.has(variable, index, paths)
 
     # --------------------------------------------------------------- saving
 
@@ -466,9 +644,12 @@ class Optimizer(keras.optimizers.Optimizer):
         """The constructor's arguments, with their values now."""
         config = super().get_config()
         for cls in (type(self), Optimizer):
-            for name in _arguments(cls):
+            for name in constructor_arguments(cls):
                 if name not in config:
                     config[name] = getattr(self, name)
+        config["transforms"] = [
+            keras.saving.serialize_keras_object(x) for x in self.transforms
+        ]
         exclusions = self._decay_exclusions.get_config(self._trainable_variables)
         if exclusions:
             config[EXCLUSIONS] = exclusions
@@ -479,6 +660,10 @@ class Optimizer(keras.optimizers.Optimizer):
         """Makes an optimizer from what `get_config` returned."""
         config = dict(config)
         exclusions = config.pop(EXCLUSIONS, None)
+        config["transforms"] = [
+            keras.saving.deserialize_keras_object(x, custom_objects=custom_objects)
+            for x in config.get("transforms", ())
+        ]
         optimizer = super().from_config(config, custom_objects=custom_objects)
         if exclusions:
             optimizer._decay_exclusions = Exclusions(**exclusions)
@@ -505,25 +690,34 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def _assign_state(self, state: list[np.ndarray]) -> None:
         variables = self.variables
-        saved = [tuple(value.shape) for value in state]
-        own = [tuple(variable.shape) for variable in variables]
-        if saved != own:
-            at = next(
-                (i for i, pair in enumerate(zip(saved, own)) if pair[0] != pair[1]),
-                min(len(saved), len(own)),
-            )
-            raise ValueError(
-                f"The saved state doesn't fit {self.name!r}: it has {len(saved)} "
-                f"variables, the optimizer {len(own)}; the first difference is at "
-                f"number {at}: {saved[at : at + 1] or 'none'} saved, "
-                f"{[variables[at].path, own[at]] if at < len(own) else 'none'} here. "
-                "Use the class, the arguments that decide on state (momentum, "
-                "amsgrad, use_ema, gradient_accumulation_steps, a learning rate "
-                "that is a number) and the trainable variables that it was saved "
-                "with; or `compile` anew after loading, to start with no state."
-            )
+        if not saving.fits(state, variables):
+            first = self._slots_start
+            slots = self.convert_keras_slots(state[first:], steps=int(state[0]))
+            if slots is not None:
+                state = state[:first] + slots
+        saving.check_fits(self.name, state, variables)
         for variable, value in zip(variables, state, strict=True):
             variable.assign(value)
+
+    def convert_keras_slots(
+        self, saved: list[np.ndarray], steps: int
+    ) -> list[np.ndarray] | None:
+        """The slots from those that Keras's class of the same name saved.
+
+        For classes whose slots differ from Keras's on purpose.
+
+        Args:
+            saved: what comes after averages and accumulators in Keras's state.
+            steps: of the saved training.
+
+        Returns:
+            The values of this optimizer's slots, or None if `saved` isn't Keras's.
+        """
+        return None
+
+
+def _filled(value: float, shape: tuple[int, ...], dtype: str) -> Any:
+    return keras.ops.convert_to_tensor(np.full(shape, value, dtype))
 
 
 def _copy_state(source: dict, target: dict) -> None:
@@ -532,71 +726,3 @@ def _copy_state(source: dict, target: dict) -> None:
             _copy_state(source[name], variable)
         elif name != "weight":
             variable.assign(keras.ops.copy(source[name].value))
-
-
-def _without_none(grads: list[Any], variables: list[Any]) -> tuple[list, list]:
-    """Drops variables without a gradient, with Keras's warning."""
-    missing = [path_of(v) for g, v in zip(grads, variables, strict=True) if g is None]
-    if len(missing) == len(variables):
-        raise ValueError(
-            "No gradients provided for any variable. Check that the loss depends "
-            f"on them. Received: None for {missing[:5]}"
-            + (" and more." if len(missing) > 5 else ".")
-        )
-    if missing:
-        warnings.warn(
-            f"Gradients do not exist for variables {missing} when minimizing the "
-            "loss. If using `model.compile()`, did you forget to provide a `loss` "
-            "argument?",
-            stacklevel=4,
-        )
-    kept = [(g, v) for g, v in zip(grads, variables, strict=True) if g is not None]
-    return [g for g, _ in kept], [v for _, v in kept]
-
-
-def _same_shape(gradient: Any, variable: Any) -> bool:
-    shape = getattr(gradient, "shape", None)
-    if shape is None or getattr(shape, "rank", 0) is None:
-        return True  # Known only when the graph runs.
-    mine, own = tuple(shape), tuple(variable.shape)
-    return len(mine) == len(own) and all(a in (None, b) for a, b in zip(mine, own))
-
-
-def _arguments(cls: type) -> list[str]:
-    """The names of a constructor's own arguments."""
-    return [
-        name
-        for name, parameter in inspect.signature(cls.__init__).parameters.items()
-        if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-
-
-def _unknown_argument(cls: type, name: str) -> str:
-    known = _arguments(cls) + [n for n in _arguments(Optimizer) if n != "self"]
-    known = list(dict.fromkeys(known))
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean `{near[0]}`?" if near else ""
-    return (
-        f"`{cls.__name__}` has no argument `{name}`.{hint} "
-        f"It takes: {', '.join(known)}."
-    )
-
-
-def _checked_learning_rate(value: Any) -> Any:
-    """A number as a float, checked; schedules and callables as they are."""
-    if isinstance(value, keras.optimizers.schedules.LearningRateSchedule) or (
-        callable(value) and not isinstance(value, type)
-    ):
-        return value
-    if keras.ops.is_tensor(value) or isinstance(value, keras.Variable):
-        value = keras.ops.convert_to_numpy(value)
-    kind = NonNegative()
-    kind.__set_name__(Optimizer, "learning_rate")
-    try:
-        return kind.check(value)
-    except ValueError:
-        raise ValueError(
-            "`learning_rate` must be a number of at least 0, a "
-            "`keras.optimizers.schedules.LearningRateSchedule`, or a callable "
-            f"without arguments. Received: learning_rate={value!r}"
-        ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tf_effopt.engine.base import path_of
+from tf_effopt.paths import is_variable, matches, path_of, same_path
 
 
 class Exclusions:
@@ -24,6 +24,23 @@ class Exclusions:
 
     @classmethod
     def of(cls, var_list: Any, var_names: Any) -> Exclusions:
+        if (
+            isinstance(var_names, str)
+            or is_variable(var_list)
+            or isinstance(var_list, str)
+        ):
+            raise ValueError(
+                "`var_list` and `var_names` must be lists. Received: "
+                f"var_list={var_list!r}, var_names={var_names!r}"
+            )
+        for pattern in var_names:
+            try:
+                re.compile(pattern)
+            except (TypeError, re.error) as error:
+                raise ValueError(
+                    "`var_names` must be a list of regular expressions. Received: "
+                    f"{pattern!r}: {error}"
+                ) from None
         exclusions = cls(patterns=sorted(set(var_names)))
         for variable in var_list:
             if isinstance(variable, str):
@@ -37,15 +54,23 @@ class Exclusions:
         other.identities = list(self.identities)
         return other
 
-    def has(self, variable: Any, index: int) -> bool:
-        """Whether the variable, `index`-th of those trained, doesn't decay."""
+    def has(self, variable: Any, index: int, paths: set[str]) -> bool:
+        """Whether the variable, `index`-th of those trained, doesn't decay.
+
+        Args:
+            paths: of all that are trained. One of them is meant exactly.
+        """
         path = path_of(variable)
+
+        def is_meant(excluded: str) -> bool:
+            if excluded in paths:
+                return path == excluded
+            return same_path(path, excluded)
+
         return (
             any(variable is v for v in self.identities)
-            or any(
-                _same_path(path, p) and i in (None, index) for p, i in self.variables
-            )
-            or any(re.search(pattern, path) for pattern in self.patterns)
+            or any(is_meant(p) and i in (None, index) for p, i in self.variables)
+            or matches(self.patterns, path)
         )
 
     def get_config(self, trained: list[Any]) -> dict | None:
@@ -57,13 +82,3 @@ class Exclusions:
         if not entries and not self.patterns:
             return None
         return {"patterns": self.patterns, "variables": [list(e) for e in entries]}
-
-
-def _same_path(one: str, other: str) -> bool:
-    """Whether two paths are equal, but for the name of the model in front.
-
-    `keras.models.load_model` takes a `Sequential`'s name off its variables.
-    """
-    one, other = sorted((one, other), key=len)
-    _, _, within_model = other.partition("/")
-    return one == other or ("/" in one and one == within_model)

@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from typing import Any
 
 import numpy as np
 from keras import ops
+
+TINY = float(np.finfo("float32").tiny)
+HUGE = float(np.finfo("float32").max)
 
 
 class Hyperparameter:
@@ -53,7 +57,7 @@ class Hyperparameter:
                     f"{self.name}={value!r}; `carry_over(variables)` shows "
                     "how to keep the state."
                 )
-            optimizer._engine.set_hyperparameter(self.name, value)
+            optimizer._engine.set_hyperparameter(optimizer, self.name, value)
         values[self.name] = value
 
     def check(self, value: Any) -> Any:
@@ -94,7 +98,7 @@ class Number(Hyperparameter):
     def expected(self) -> str:
         low, high = self.low, self.high
         if low is None:
-            text = "a finite number"
+            text = "a finite number" if high is None else f"a number below {high}"
         elif high is None:
             text = f"a number {'above' if self.open_low else 'of at least'} {low}"
         else:
@@ -107,14 +111,9 @@ class Number(Hyperparameter):
     def check(self, value: Any) -> float | None:
         if value is None and self.optional:
             return None
-        # NumPy's scalars and 0-d arrays are numbers, too.
-        real = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
-        if not real or isinstance(value, bool | np.bool_):
+        number = _as_float(value)
+        if number is None:
             raise self.error(value)
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise self.error(value) from None
         inside = math.isfinite(number)
         if self.low is not None:
             inside &= number > self.low or (number == self.low and not self.open_low)
@@ -122,6 +121,12 @@ class Number(Hyperparameter):
             inside &= number < self.high or (number == self.high and not self.open_high)
         if not inside:
             raise self.error(value)
+        if number and not TINY <= abs(number) <= HUGE:
+            raise ValueError(
+                f"`{self.name}` must be 0 or between {TINY:.3g} and {HUGE:.3g} in "
+                "size: the update computes in float32, where it would be 0 or "
+                f"infinite. Received: {self.name}={value!r}"
+            )
         return number
 
     def structure(self, value: float | None) -> bool:
@@ -139,6 +144,23 @@ class Number(Hyperparameter):
         return value
 
 
+def _as_float(value: Any) -> float | None:
+    """A real number as a float; None for what isn't one, or isn't known yet."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, NotImplementedError):
+        return None  # A tensor of a graph.
+    if array.shape != () or array.dtype.kind not in "fiu":
+        # Numbers of Python that NumPy doesn't know, such as fractions.
+        known = isinstance(value, numbers.Real) and array.dtype.kind == "O"
+        if not known:
+            return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
 class Positive(Number):
     """Above 0."""
 
@@ -149,6 +171,12 @@ class NonNegative(Number):
     """0 or above."""
 
     low = 0
+
+
+class Negative(Number):
+    """Below 0."""
+
+    high, open_high = 0, True
 
 
 class Fraction(Number):
@@ -165,13 +193,15 @@ class DecayRate(Number):
 
     Args:
         allow_one: whether 1, an average that never moves, is allowed.
+        allow_zero: whether 0, an average that keeps nothing, is allowed.
     """
 
     low, high, open_high = 0, 1, True
 
-    def __init__(self, allow_one: bool = False):
+    def __init__(self, allow_one: bool = False, allow_zero: bool = True):
         super().__init__()
         self.open_high = not allow_one
+        self.open_low = not allow_zero
 
     def as_rule_argument(self, value: Any, complement: Any) -> Decay:
         return Decay(value, complement)
@@ -207,6 +237,31 @@ class Count(Number):
         return (value or None) if self.fixed else self.is_off(value)
 
 
+class Integer(Hyperparameter):
+    """A whole number, fixed once the optimizer is built.
+
+    Args:
+        low: the smallest allowed.
+    """
+
+    def __init__(self, low: int):
+        self.low = low
+
+    @property
+    def expected(self) -> str:
+        return f"an integer of at least {self.low}"
+
+    def check(self, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise self.error(value)
+        if value < self.low:
+            raise self.error(value)
+        return int(value)
+
+    def structure(self, value: int) -> int:
+        return value
+
+
 class Switch(Hyperparameter):
     """True or False, fixed once the optimizer is built."""
 
@@ -237,6 +292,25 @@ class Choice(Hyperparameter):
         return value
 
     def structure(self, value: str) -> str:
+        return value
+
+
+class Patterns(Hyperparameter):
+    """A list of regular expressions, fixed once the optimizer is built."""
+
+    expected = "a list of regular expressions"
+
+    def check(self, value: Any) -> list[str]:
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise self.error(value)
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except (TypeError, re.error):
+                raise self.error(value) from None
+        return list(value)
+
+    def structure(self, value: list[str]) -> list[str]:
         return value
 
 

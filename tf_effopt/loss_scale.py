@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import keras
@@ -9,6 +10,8 @@ from keras import ops
 
 from tf_effopt import engine
 from tf_effopt.base import Optimizer
+from tf_effopt.checks import checked_gradients
+from tf_effopt.hyperparameters import Integer, Positive
 
 
 @keras.saving.register_keras_serializable("tf_effopt")
@@ -38,18 +41,47 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     Args:
         inner_optimizer: the optimizer to wrap.
         initial_scale: float above 0, the first scale.
-        dynamic_growth_steps: int, finite steps after which the scale doubles.
+        dynamic_growth_steps: int of at least 1, finite steps after which the
+            scale doubles.
         name: string, the optimizer's name.
         **kwargs: as Keras's.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
+
+    def __init__(
+        self,
+        inner_optimizer,
+        initial_scale=2.0**15,
+        dynamic_growth_steps=2000,
+        name=None,
+        **kwargs,
+    ):
+        is_optimizer = isinstance(inner_optimizer, keras.optimizers.Optimizer)
+        if not is_optimizer:
+            raise ValueError(
+                "`inner_optimizer` must be an optimizer, such as "
+                f"`tf_effopt.Adam(1e-3)`. Received: inner_optimizer={inner_optimizer!r}"
+            )
+        checked = _Arguments(initial_scale, dynamic_growth_steps)
+        super().__init__(
+            inner_optimizer,
+            initial_scale=checked.initial_scale,
+            dynamic_growth_steps=checked.dynamic_growth_steps,
+            name=name,
+            **kwargs,
+        )
 
     def apply(self, grads: list[Any], trainable_variables: Any = None) -> None:
         """Updates variables by the gradients of the scaled loss."""
-        if not isinstance(self.inner_optimizer, Optimizer):
+        inner = self.inner_optimizer
+        if not isinstance(inner, Optimizer):
             return super().apply(grads, trainable_variables)
+        grads = checked_gradients(grads)
+        variables = inner.matching_variables(grads, trainable_variables)
         if not self.built:
-            self.build(list(trainable_variables))
-        variables = trainable_variables or self._trainable_variables
+            self.build(variables)
         unscaled = [
             g
             if g is None or self._overwrite_variable_with_gradient(v)
@@ -57,12 +89,12 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             for g, v in zip(grads, variables, strict=True)
         ]
         # The inner optimizer checks the gradient it has reduced anyway.
-        finite = self.inner_optimizer.apply_and_check(unscaled, variables)
+        finite = inner.apply_and_check(unscaled, variables)
         steps = self.step_counter + 1
         grows = ops.equal(steps, self.dynamic_growth_steps)
         factor = ops.where(finite, ops.where(grows, 2.0, 1.0), 0.5)
         counter = ops.where(ops.logical_or(grows, ops.logical_not(finite)), 0, steps)
-        assign = self.inner_optimizer._engine.assign_alike
+        assign = inner._engine.assign_alike
         assign(self.dynamic_scale, self.dynamic_scale * factor)
         assign(self.step_counter, ops.cast(counter, self.step_counter.dtype))
 
@@ -72,3 +104,42 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if not hasattr(self, "_engine"):
             self._engine = engine.create(self)
         return self._engine.finite_everywhere(finite)
+
+    def exclude_from_weight_decay(
+        self, var_list: list[Any] | None = None, var_names: list[str] | None = None
+    ) -> None:
+        """Takes variables out of the inner optimizer's weight decay."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def carry_over(self, variables: list[Any]) -> LossScaleOptimizer:
+        """Returns this optimizer for other variables, with the state it has.
+
+        See `tf_effopt.Optimizer.carry_over`.
+        """
+        return self._with_state_of_the_scale(self.inner_optimizer.carry_over(variables))
+
+    def __deepcopy__(self, memo: dict) -> LossScaleOptimizer:
+        other = self._with_state_of_the_scale(copy.deepcopy(self.inner_optimizer, memo))
+        memo[id(self)] = other
+        return other
+
+    def _with_state_of_the_scale(self, inner: Any) -> LossScaleOptimizer:
+        config = self.get_config() | {"inner_optimizer": inner}
+        other = type(self)(**config)
+        if inner.built:
+            other.build(inner._trainable_variables)
+        if self.built:
+            other.dynamic_scale.assign(ops.copy(self.dynamic_scale.value))
+            other.step_counter.assign(ops.copy(self.step_counter.value))
+        return other
+
+
+class _Arguments:
+    """Checks the wrapper's own arguments."""
+
+    initial_scale = Positive()
+    dynamic_growth_steps = Integer(low=1)
+
+    def __init__(self, initial_scale, dynamic_growth_steps):
+        self.initial_scale = initial_scale
+        self.dynamic_growth_steps = dynamic_growth_steps

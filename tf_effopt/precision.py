@@ -10,7 +10,6 @@ rounding (Kahan's) keeps what was lost in one more variable.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from keras import ops
@@ -60,43 +59,3 @@ def _spacing(value: Any, dtype: str) -> Any:
     # float32's smallest normal number bounds bfloat16's subnormal spacing.
     smallest = max(SMALLEST[dtype], 2.0**-126)
     return ops.maximum(power_of_two * 2.0 ** -MANTISSA_BITS[dtype], smallest)
-
-
-def random_bits(shape: tuple[int, ...], update: Any, variable: int) -> Any:
-    """Returns integers in [0, 65536), a hash of (update, variable, element).
-
-    The same eagerly, compiled, on each replica and on each of Keras's
-    backends: replicas that round with them stay equal.
-
-    Args:
-        shape: the shape to return.
-        update: int32 scalar, the number of this update.
-        variable: index of the variable in its optimizer.
-    """
-    elements = ops.arange(math.prod(shape), dtype="int32")
-    return ops.reshape(hash_rows(elements, update, variable), shape)
-
-
-def hash_rows(elements: Any, update: Any, variable: int) -> Any:
-    """As `random_bits`, for the given element numbers (int32, any shape)."""
-    key = _mix(ops.cast(update, "int32") + _as_int32(0x9E3779B9 * (variable + 1)))
-    return ops.bitwise_and(_mix(ops.bitwise_xor(_mix(elements), key)), 0xFFFF)
-
-
-def _mix(x: Any) -> Any:
-    """A bijection of int32 in which each bit depends on all (lowbias32)."""
-    x = ops.bitwise_xor(x, _shift_right(x, 16)) * _as_int32(0x7FEB352D)
-    x = ops.bitwise_xor(x, _shift_right(x, 15)) * _as_int32(0x846CA68B)
-    return ops.bitwise_xor(x, _shift_right(x, 16))
-
-
-def _shift_right(x: Any, count: int) -> Any:
-    """A shift that brings in zeros; `>>` on int32 repeats the sign."""
-    mask = (1 << (32 - count)) - 1
-    return ops.bitwise_and(ops.right_shift(x, count), mask)
-
-
-def _as_int32(number: int) -> int:
-    """The int32 with the low 32 bits of `number`."""
-    number &= 0xFFFFFFFF
-    return number - (1 << 32) if number >> 31 else number

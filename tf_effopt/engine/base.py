@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
 from tf_effopt import precision
-from tf_effopt.engine import stages
-from tf_effopt.hyperparameters import Number
-
-# Arguments of a rule that aren't hyper-parameters of its class.
-STEP_ARGUMENTS = ("t", "learning_rate", "w")
-CLIP_ARGUMENTS = ("clipnorm", "clipvalue", "global_clipnorm")
-STAGE_ARGUMENTS = (
-    *CLIP_ARGUMENTS,
-    "weight_decay",
-    "ema_momentum",
-    "ema_overwrite_frequency",
-    "loss_scale_factor",
+from tf_effopt.engine.inputs import Inputs
+from tf_effopt.engine.plan import (
+    CLIP_ARGUMENTS,
+    EVALUATING,
+    OPTIMIZER,
+    STAGE_ARGUMENTS,
+    Binder,
+    BoundTransform,
+    Plan,
+    Scalars,
+    TrainedVariable,
 )
+from tf_effopt.engine.updates import switched
+from tf_effopt.paths import path_of
 
 
 class Engine:
@@ -33,13 +33,19 @@ class Engine:
         state: for each variable a dict of Keras variables: `weight`, `slots`,
             and if the plan has them `accumulator`, `average` and
             `compensation`. None for a variable that isn't trained by a rule.
+        model_state: owner -> letter -> Keras variable: the slots of rules for
+            the whole model.
+        owners: whose hyper-parameters there are: the optimizer, its
+            transforms, its groups.
     """
 
     def __init__(self, optimizer: Any):
         self.optimizer = optimizer
+        self.owners: list[Any] = [optimizer]
         self.state: list[dict | None] = []
-        self.variables: list[stages.TrainedVariable | None] = []
-        self.plan: stages.Plan | None = None
+        self.model_state: dict[int, dict[str, Any]] = {}
+        self.variables: list[TrainedVariable | None] = []
+        self.plan: Plan | None = None
 
     # ------------------------------------------------------------- building
 
@@ -54,28 +60,21 @@ class Engine:
     def check_variable(self, variable: Any) -> None:
         """Raises `ValueError` if this engine can't train `variable`."""
 
-    def build(self, state: list[dict | None]) -> None:
-        """Fixes the plan; `state` is as in the class's docstring."""
-        optimizer = self.optimizer
+    def build(
+        self, state: list[dict | None], model_state: dict[int, dict[str, Any]]
+    ) -> None:
+        """Fixes the plan; the states are as in the class's docstring."""
         self.state = state
-        self.plan = make_plan(optimizer)
-        self.variables = [
-            None if tensors is None else self._describe(tensors["weight"], i)
-            for i, tensors in enumerate(state)
-        ]
-
-    def _describe(self, variable: Any, index: int) -> stages.TrainedVariable:
-        return stages.TrainedVariable(
-            index=index,
-            shape=tuple(variable.shape),
-            dtype=dtype_name(variable),
-            decays=self.optimizer._decays(variable, index),
-            constraint=getattr(variable, "constraint", None),
-        )
+        self.model_state = model_state
+        self.owners = self.optimizer.owners()
+        self.plan, self.variables = make_plan(self.optimizer, state)
+        for owner in self.owners[1:]:
+            owner.attach(self)
 
     def involved(self, indices: list[int]) -> list[int]:
         """The variables that a step with gradients of `indices` changes."""
-        if self.plan.ema or self.plan.accumulation_steps > 1:
+        plan = self.plan
+        if plan.ema or plan.accumulation_steps > 1 or plan.evaluation is not None:
             return [i for i, tensors in enumerate(self.state) if tensors is not None]
         return indices
 
@@ -87,18 +86,15 @@ class Engine:
 
     def hyperparameters(self) -> np.ndarray:
         """Each number and 1 minus it, rounded once from float64."""
-        rows = []
-        for name in self.plan.scalars:
-            value = getattr(self.optimizer, name)
-            rows.append((value, 1.0 - value))
+        rows = [
+            (value, 1.0 - value)
+            for value in (
+                getattr(self.owners[owner], name) for owner, name in self.plan.numbers
+            )
+        ]
         return np.array(rows or np.zeros((0, 2)), "float64").astype(self.scalar_dtype)
 
-    def make_scalars(self, iterations: Any, learning_rate: Any, pairs: Any) -> Any:
-        return stages.Scalars(
-            iterations, learning_rate, pairs, list(self.plan.scalars), self.plan.scalars
-        )
-
-    def set_hyperparameter(self, name: str, value: Any) -> None:
+    def set_hyperparameter(self, owner: Any, name: str, value: Any) -> None:
         """Called before a number changes after the optimizer was built."""
 
     # -------------------------------------------------------------- running
@@ -126,58 +122,166 @@ class Engine:
         """Whether `finite` is true on every replica."""
         return finite
 
-    def overwrite_with_averages(self) -> None:
-        """Puts the averages in the place of the weights."""
-        for tensors in self.state:
+    def number_now(self, name: str) -> Any:
+        """An optimizer's number in use, as a step that is compiled can read it."""
+        return getattr(self.optimizer, name)
+
+    def overwrite_with_averages(self, indices: list[int]) -> None:
+        """Puts the averages of these variables in the place of the weights."""
+        for i in indices:
+            tensors = self.state[i]
             if tensors is not None:
                 # A copy: JAX can't be handed one array as two variables.
-                tensors["weight"].assign(ops.copy(tensors["average"].value))
+                self.assign_everywhere(
+                    tensors["weight"], ops.copy(_value(tensors["average"]))
+                )
+                if "compensation" in tensors:
+                    compensation = tensors["compensation"]
+                    self.assign_everywhere(
+                        compensation, ops.zeros_like(_value(compensation))
+                    )
+
+    def model_slot(self, owner: Any, letter: str) -> float:
+        """The value now of a slot of a rule for the whole model."""
+        number = next(i for i, x in enumerate(self.owners) if x is owner)
+        return float(ops.convert_to_numpy(self.model_state[number][letter]))
+
+    def switch(self, to_evaluation: bool) -> None:
+        """Puts in place the weights to evaluate at, or those to train at."""
+        trained = [i for i, tensors in enumerate(self.state) if tensors is not None]
+        inputs = Inputs(
+            self.plan,
+            [self.variables[i] for i in trained],
+            [values(self.state[i]) for i in trained],
+            [None] * len(trained),
+            self.scalars(),
+        )
+        weights = switched(inputs, to_evaluation)
+        for i, value in zip(trained, weights, strict=True):
+            self.assign_everywhere(self.state[i]["weight"], value)
+        mark = self.model_state[OPTIMIZER][EVALUATING]
+        self.assign_everywhere(mark, ops.full_like(mark.value, float(to_evaluation)))
+
+    def scalars(self) -> Scalars:
+        """The numbers of a step now, as tensors."""
+        optimizer = self.optimizer
+        return Scalars(
+            ops.convert_to_tensor(optimizer._iterations.value),
+            ops.convert_to_tensor(optimizer._get_current_learning_rate()),
+            ops.convert_to_tensor(self.hyperparameters()),
+            values(self.model_state),
+        )
+
+    def assign_everywhere(self, variable: Any, value: Any) -> None:
+        """Writes a variable outside of a step."""
+        variable.assign(value)
 
     def skipped_steps(self) -> int | None:
         """Steps skipped because the gradient wasn't finite."""
         raise NotImplementedError
 
 
-def make_plan(optimizer: Any) -> stages.Plan:
-    """Reads what is fixed off an optimizer."""
-    rule = optimizer.rule
-    wanted = keyword_arguments(rule)
-    scalars, switches = {}, {}
-    for name in dict.fromkeys(wanted + STAGE_ARGUMENTS):
-        if name in STEP_ARGUMENTS:
-            continue
-        kind, value = getattr(type(optimizer), name, None), getattr(optimizer, name)
-        in_use = name in wanted or not kind.is_off(value)
-        if isinstance(kind, Number) and value is not None and in_use:
-            scalars[name] = kind
-        elif name in wanted:
-            switches[name] = value
-    # A rule that takes `weight_decay` or another stage's number does itself
-    # what the stage would do.
-    stage = {name: name in scalars and name not in wanted for name in STAGE_ARGUMENTS}
-    return stages.Plan(
-        rule=rule,
-        scalars=scalars,
-        rule_scalars=tuple(name for name in wanted if name in scalars),
-        switches=switches,
-        takes_t="t" in wanted,
-        takes_weight="w" in wanted,
+def values(tensors: dict) -> dict:
+    """The tensors in a (nested) dict of variables."""
+    return {
+        k: values(x) if isinstance(x, dict) else _value(x) for k, x in tensors.items()
+    }
+
+
+def _value(variable: Any) -> Any:
+    if isinstance(variable, keras.Variable):
+        return variable.value
+    return ops.convert_to_tensor(variable)
+
+
+def make_plan(
+    optimizer: Any, state: list[dict | None]
+) -> tuple[Plan, list[TrainedVariable | None]]:
+    """Reads what is fixed off an optimizer and its variables."""
+    numbers: dict[tuple[int, str], Any] = {}
+    model = optimizer.model_rule
+    binder = Binder(optimizer, OPTIMIZER, numbers, model)
+    used = {}
+    for name in STAGE_ARGUMENTS:
+        kind, value = getattr(type(optimizer), name), getattr(optimizer, name)
+        used[name] = not kind.is_off(value)
+        if used[name]:
+            numbers[OPTIMIZER, name] = kind
+    variables = _describe(optimizer, state, binder, used["weight_decay"], numbers)
+    bound_model = binder.bind_model(model)
+    transforms = tuple(
+        _bind_transform(transform, number, numbers)
+        for number, transform in enumerate(optimizer.transforms, 1)
+    )
+    plan = Plan(
+        numbers=numbers,
+        transforms=transforms,
+        model=bound_model,
+        evaluation=binder.bind_evaluation(optimizer.evaluation),
         rounding=optimizer.rounding,
         accumulation_steps=optimizer.gradient_accumulation_steps or 1,
-        clip=next((name for name in CLIP_ARGUMENTS if stage[name]), None),
-        weight_decay=stage["weight_decay"],
+        clip=next((name for name in CLIP_ARGUMENTS if used[name]), None),
         ema=optimizer.use_ema,
-        overwrites=optimizer.use_ema and stage["ema_overwrite_frequency"],
-        loss_scale=stage["loss_scale_factor"],
+        overwrites=optimizer.use_ema and used["ema_overwrite_frequency"],
+        loss_scale=used["loss_scale_factor"],
     )
+    return plan, variables
 
 
-def keyword_arguments(rule: Callable) -> tuple[str, ...]:
-    """The names of a rule's keyword-only arguments."""
-    return tuple(
-        name
-        for name, parameter in inspect.signature(rule).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+def _describe(
+    optimizer: Any,
+    state: list[dict | None],
+    binder: Binder,
+    has_decay: bool,
+    numbers: dict[tuple[int, str], Any],
+) -> list[TrainedVariable | None]:
+    rules: dict[int, Any] = {}  # one bound rule for all variables of a part
+    variables: list[TrainedVariable | None] = []
+    for i, tensors in enumerate(state):
+        if tensors is None:
+            variables.append(None)
+            continue
+        part = tensors.pop("part")
+        if id(part) not in rules:
+            rules[id(part)] = binder.bind(part.rule, part.settings)
+        rule = rules[id(part)]
+        weight = tensors["weight"]
+        decays = has_decay and optimizer._decays(weight, i)
+        variables.append(
+            TrainedVariable(
+                index=i,
+                shape=tuple(weight.shape),
+                dtype=dtype_name(weight),
+                constraint=getattr(weight, "constraint", None),
+                rule=rule,
+                transforms=frozenset(
+                    number
+                    for number, transform in enumerate(optimizer.transforms, 1)
+                    if transform.acts_on(path_of(weight), tuple(weight.shape))
+                ),
+                # A rule that takes `weight_decay` does itself what the stage does.
+                decays=decays and "weight_decay" not in rule.names,
+                decay_owner=OPTIMIZER if decays else None,
+                rate_owner=None,
+            )
+        )
+    return variables
+
+
+def _bind_transform(
+    transform: Any, number: int, numbers: dict[tuple[int, str], Any]
+) -> BoundTransform:
+    binder = Binder(transform, number, numbers, transform.model_rule)
+    before, after = (
+        None if function is None else binder.bind(function)
+        for function in (transform.before, transform.after)
+    )
+    return BoundTransform(
+        owner=number,
+        before=before,
+        after=after,
+        model=binder.bind_model(transform.model_rule),
+        decides=transform.decides,
     )
 
 
@@ -194,8 +298,3 @@ def check_dtype(variable: Any) -> None:
             f"be trained. Received: {path_of(variable)} of dtype {dtype}. Pass "
             "`model.trainable_variables`, or make it non-trainable."
         )
-
-
-def path_of(variable: Any) -> str:
-    """A variable's path, on all backends; TensorFlow's own has a name only."""
-    return getattr(variable, "path", None) or variable.name

@@ -13,7 +13,8 @@ import keras
 from keras import ops
 
 from tf_effopt.engine import stages
-from tf_effopt.engine.base import Engine
+from tf_effopt.engine.base import Engine, values
+from tf_effopt.engine.inputs import Inputs
 
 
 class PortableEngine(Engine):
@@ -25,7 +26,7 @@ class PortableEngine(Engine):
         self.has_run = False
         self._skipped = 0
 
-    def set_hyperparameter(self, name: str, value: Any) -> None:
+    def set_hyperparameter(self, owner: Any, name: str, value: Any) -> None:
         if self.backend == "jax" and self.has_run:
             raise RuntimeError(
                 f"`{name}` can't change to {value!r} after the first step: on "
@@ -47,34 +48,24 @@ class PortableEngine(Engine):
         gradients = [by_index.get(i) for i in indices]
         state = [self.state[i] for i in indices]
         variables = [self.variables[i] for i in indices]
-        before = [_values(tensors) for tensors in state]
+        before = [values(tensors) for tensors in state]
         optimizer = self.optimizer
-        scalars = self.make_scalars(
-            ops.convert_to_tensor(optimizer._iterations.value),
-            ops.convert_to_tensor(optimizer._get_current_learning_rate()),
-            ops.convert_to_tensor(self.hyperparameters()),
+        after, outcome = stages.step(
+            Inputs(self.plan, variables, before, gradients, self.scalars())
         )
-        measured = stages.measure(self.plan, variables, before, gradients, scalars)
-        total = sum(ops.cast(x, self.scalar_dtype) for x in measured)
-        after, finite = stages.step(
-            self.plan, variables, before, gradients, scalars, measured, total
-        )
-        for tensors, values in zip(state, after, strict=True):
-            _assign(tensors, values)
+        for variables, tensors in zip(state, after, strict=True):
+            _assign(variables, tensors)
+        _assign(self.model_state, outcome.model)
         if self.backend == "torch":
-            self._skipped += int(not finite)
-        advanced = ops.cast(finite, optimizer._iterations.dtype)
-        optimizer._iterations.assign(optimizer._iterations.value + advanced)
-        return finite
+            self._skipped += int(not outcome.finite)
+        optimizer._iterations.assign(
+            optimizer._iterations.value
+            + ops.cast(outcome.counted, optimizer._iterations.dtype)
+        )
+        return outcome.finite
 
     def skipped_steps(self) -> int | None:
         return self._skipped if self.backend == "torch" else None
-
-
-def _values(tensors: dict) -> dict:
-    return {
-        k: _values(x) if isinstance(x, dict) else x.value for k, x in tensors.items()
-    }
 
 
 def _assign(tensors: dict, values: dict) -> None:

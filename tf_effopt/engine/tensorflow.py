@@ -16,11 +16,13 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from keras import ops
 
 from tf_effopt.engine import is_sparse, stages
-from tf_effopt.engine.base import Engine, path_of
+from tf_effopt.engine.base import Engine
+from tf_effopt.engine.inputs import Inputs
+from tf_effopt.engine.plan import OPTIMIZER, Scalars, TrainedVariable
 from tf_effopt.engine.sparse import Rows
+from tf_effopt.paths import path_of
 
 log = logging.getLogger("tf_effopt")
 
@@ -36,7 +38,7 @@ class TensorFlowEngine(Engine):
         self._programs: dict[tuple, list[Program]] = {}
         self._pairs: tf.Variable | None = None
         self._skipped: tf.Variable | None = None
-        self._compiles: dict[str, bool] = {}
+        self._compiles: dict[tuple, bool] = {}
 
     # ------------------------------------------------------------- building
 
@@ -65,8 +67,10 @@ class TensorFlowEngine(Engine):
                 f"{type(self.strategy).__name__} with {replicas} replica(s)."
             )
 
-    def build(self, state: list[dict | None]) -> None:
-        super().build(state)
+    def build(
+        self, state: list[dict | None], model_state: dict[int, dict[str, Any]]
+    ) -> None:
+        super().build(state, model_state)
         only_first = tf.VariableAggregation.ONLY_FIRST_REPLICA
         # Outside of what Keras and `tf.train.Checkpoint` track: their number
         # and order of variables stays Keras's.
@@ -77,10 +81,11 @@ class TensorFlowEngine(Engine):
             0, dtype="int64", trainable=False, aggregation=only_first
         )
 
-    def set_hyperparameter(self, name: str, value: Any) -> None:
-        if name in self.plan.scalars:
+    def set_hyperparameter(self, owner: Any, name: str, value: Any) -> None:
+        key = next(i for i, x in enumerate(self.owners) if x is owner), name
+        if key in self.plan.numbers:
             pairs = self._pairs.numpy()
-            row = list(self.plan.scalars).index(name)
+            row = list(self.plan.numbers).index(key)
             pairs[row] = np.array([value, 1.0 - value], "float64")
             self._pairs.assign(pairs)
 
@@ -88,25 +93,26 @@ class TensorFlowEngine(Engine):
 
     def apply(self, gradients: list[Any], indices: list[int]) -> Any:
         self._check_context()
-        gradients = self._all_reduce([self._received(g) for g in gradients])
+        received = map(self._received, gradients, indices)
+        gradients = self._all_reduce(list(received))
         programs = self._programs_for(gradients, indices)
-        optimizer = self.optimizer
-        scalars = (
-            tf.convert_to_tensor(optimizer._iterations),
-            tf.convert_to_tensor(optimizer._get_current_learning_rate()),
-            tf.convert_to_tensor(self._pairs),
-        )
-        if len(programs) == 1:
-            finite = programs[0].run(gradients, scalars)
-        else:
-            # The finite check and the global norm look at all devices.
-            measured = [p.measure(gradients, scalars) for p in programs]
-            total = tf.add_n([tf.add_n(m) for m in measured if m])
-            for program, own in zip(programs, measured, strict=True):
-                finite = program.run(gradients, scalars, own, total)
-        self._count(optimizer._iterations, finite)
-        self._count(self._skipped, tf.logical_not(finite))
-        return finite
+        optimizer, scalars = self.optimizer, self.scalars()
+        totals = None
+        if len(programs) > 1:
+            # Clipping by a global norm, for one, looks at all devices.
+            totals = {}
+            for phase in stages.phases(self.plan):
+                sums = [p.measure(phase, gradients, scalars, totals) for p in programs]
+                totals[phase] = {
+                    name: tf.add_n([s[name] for s in sums if name in s])
+                    for name in dict.fromkeys(name for s in sums for name in s)
+                }
+        outcomes = [p.run(gradients, scalars, totals) for p in programs]
+        outcome = outcomes[0]  # that of all devices is the same
+        _assign(_map(_local, self.model_state), scalars.model, outcome.model)
+        self._count(optimizer._iterations, outcome.counted)
+        self._count(self._skipped, tf.logical_not(outcome.finite))
+        return outcome.finite
 
     def _check_context(self) -> None:
         current = tf.distribute.get_strategy()
@@ -125,15 +131,17 @@ class TensorFlowEngine(Engine):
                 "`strategy.run`."
             )
 
-    def _received(self, gradient: Any) -> Any:
+    def _received(self, gradient: Any, index: int) -> Any:
         """A gradient as it is to be reduced: dense, or rows if asked for."""
+        shape = self.variables[index].shape
         if not is_sparse(gradient):
-            return tf.convert_to_tensor(gradient)
+            return tf.ensure_shape(gradient, shape)
         if self.optimizer.lazy:
             values = tf.convert_to_tensor(gradient.values)
             return tf.IndexedSlices(values, tf.cast(gradient.indices, "int32"))
         # This sums rows that occur twice, before anything non-linear.
-        return tf.convert_to_tensor(gradient)
+        rows = tf.IndexedSlices(gradient.values, gradient.indices, tf.constant(shape))
+        return tf.convert_to_tensor(rows)
 
     def _all_reduce(self, gradients: list[Any]) -> list[Any]:
         """Stage 1: the sum over replicas, the same bits on each."""
@@ -155,21 +163,30 @@ class TensorFlowEngine(Engine):
     def assign_alike(self, variable: Any, value: Any) -> None:
         _local(variable).assign(value)
 
-    def _count(self, variable: Any, occurred: Any) -> None:
+    def _count(self, variable: Any, by: Any) -> None:
         local = _local(variable)
-        local.assign_add(tf.cast(occurred, local.dtype))
+        local.assign_add(tf.cast(by, local.dtype))
 
     def skipped_steps(self) -> int | None:
         return 0 if self._skipped is None else int(self._skipped.numpy())
 
-    def overwrite_with_averages(self) -> None:
-        for tensors in self.state:
-            if tensors is not None:
-                self.strategy.extended.update(
-                    _tf_variable(tensors["weight"]),
-                    lambda w, average: w.assign(average),
-                    args=(_tf_variable(tensors["average"]),),
-                )
+    def scalars(self) -> Scalars:
+        optimizer = self.optimizer
+        return Scalars(
+            tf.convert_to_tensor(optimizer._iterations),
+            tf.convert_to_tensor(optimizer._get_current_learning_rate()),
+            tf.convert_to_tensor(self._pairs),
+            _map(tf.convert_to_tensor, _map(_local, self.model_state)),
+        )
+
+    def number_now(self, name: str) -> Any:
+        row = list(self.plan.numbers).index((OPTIMIZER, name))
+        return self._pairs[row, 0]
+
+    def assign_everywhere(self, variable: Any, value: Any) -> None:
+        self.strategy.extended.update(
+            _tf_variable(variable), lambda v, x: v.assign(x), args=(value,)
+        )
 
     # ------------------------------------------------------------- programs
 
@@ -204,11 +221,13 @@ class TensorFlowEngine(Engine):
         """Whether XLA can run this optimizer's update on `device`."""
         if isinstance(self.strategy, tf.distribute.TPUStrategy):
             return False  # The whole step is compiled already.
-        if device not in self._compiles:
+        kinds = _smallest_of_each_kind(variables)
+        key = device, frozenset(kinds)
+        if key not in self._compiles:
             failure = _xla_failure(device) or self._update_failure(
-                device, variables, state
+                device, sorted(kinds.values()), variables, state
             )
-            self._compiles[device] = failure is None
+            self._compiles[key] = failure is None
             if failure is not None:
                 log.warning(
                     "%s updates without XLA on %s: %s",
@@ -216,28 +235,25 @@ class TensorFlowEngine(Engine):
                     device,
                     failure.splitlines()[0],
                 )
-        return self._compiles[device]
+        return self._compiles[key]
 
     def _update_failure(
-        self, device: str, variables: list, state: list[dict]
+        self, device: str, chosen: list[int], variables: list, state: list[dict]
     ) -> str | None:
-        """Why the smallest update can't be compiled, or None if it can."""
-        smallest: dict[Any, int] = {}
-        for i, v in enumerate(variables):
-            kind = (v.constraint, v.dtype)
-            best = smallest.get(kind)
-            if best is None or np.prod(v.shape) < np.prod(variables[best].shape):
-                smallest[kind] = i
-        chosen = sorted(smallest.values())
+        """Why the update of these variables can't be compiled, or None if it can."""
         plan_variables = [variables[i] for i in chosen]
 
         def update(state: list[dict], gradients: list[Any]) -> Any:
-            scalars = self.make_scalars(
+            scalars = Scalars(
                 tf.zeros((), "int64"),
                 tf.zeros(()),
-                tf.zeros((len(self.plan.scalars), 2), self.scalar_dtype),
+                tf.zeros((len(self.plan.numbers), 2), self.scalar_dtype),
+                _map(lambda x: tf.zeros(x.shape, x.dtype), self.model_state),
             )
-            return _measure_and_step(self, plan_variables, state, gradients, scalars)
+            after, outcome = stages.step(
+                Inputs(self.plan, plan_variables, state, gradients, scalars)
+            )
+            return after, outcome.counted, outcome.model
 
         with tf.init_scope(), tf.device(device):
             zeros = [
@@ -250,6 +266,18 @@ class TensorFlowEngine(Engine):
             except tf.errors.OpError as error:
                 return error.message
         return None
+
+
+def _smallest_of_each_kind(variables: list[TrainedVariable]) -> dict[tuple, int]:
+    """Kind -> the position of its smallest variable: what a trial compiles."""
+    smallest: dict[tuple, int] = {}
+    for i, v in enumerate(variables):
+        # By identity: a constraint need not be hashable.
+        kind = (id(v.constraint), id(v.rule), v.dtype)
+        best = smallest.get(kind)
+        if best is None or np.prod(v.shape) < np.prod(variables[best].shape):
+            smallest[kind] = i
+    return smallest
 
 
 @dataclasses.dataclass
@@ -265,7 +293,7 @@ class Program:
 
     engine: TensorFlowEngine
     device: str
-    variables: list[stages.TrainedVariable]
+    variables: list[TrainedVariable]
     state: list[dict]
     positions: list[int | None]
 
@@ -279,68 +307,58 @@ class Program:
             function._omit_frequent_tracing_warning = True
 
     def run(
-        self,
-        gradients: list[Any],
-        scalars: tuple,
-        measured: list[Any] | None = None,
-        total: Any = None,
-    ) -> Any:
-        """Updates the variables; returns whether the gradient was finite."""
+        self, gradients: list[Any], scalars: Scalars, totals: dict | None
+    ) -> stages.Outcome:
+        """Updates the variables."""
         with tf.device(self.device):
-            return self.run_function(self._own(gradients), scalars, measured, total)
+            return stages.Outcome(
+                *self.run_function(self._own(gradients), _plain(scalars), totals)
+            )
 
-    def measure(self, gradients: list[Any], scalars: tuple) -> list[Any]:
+    def measure(
+        self, phase: str, gradients: list[Any], scalars: Scalars, totals: dict
+    ) -> dict[str, Any]:
+        """This device's share of what a phase sums up."""
         with tf.device(self.device):
-            return self.measure_function(self._own(gradients), scalars)
+            return self.measure_function(
+                phase, self._own(gradients), _plain(scalars), totals
+            )
 
     def _own(self, gradients: list[Any]) -> list[Any]:
         return [None if p is None else gradients[p] for p in self.positions]
 
-    def _measure(self, gradients: list[Any], scalars: tuple) -> list[Any]:
-        gradients = [_rows(g) for g in gradients]
-        state = [_map(tf.convert_to_tensor, tensors) for tensors in self.state]
-        measured = stages.measure(
+    def _inputs(
+        self, gradients: list[Any], scalars: tuple, totals: dict | None
+    ) -> Inputs:
+        return Inputs(
             self.engine.plan,
             self.variables,
-            state,
-            gradients,
-            self.engine.make_scalars(*scalars),
+            [_map(tf.convert_to_tensor, tensors) for tensors in self.state],
+            [_rows(g) for g in gradients],
+            Scalars(*scalars),
+            totals,
         )
-        return [ops.cast(x, self.engine.scalar_dtype) for x in measured]
 
-    def _run(
-        self, gradients: list[Any], scalars: tuple, measured: Any, total: Any
-    ) -> Any:
-        gradients = [_rows(g) for g in gradients]
-        before = [_map(tf.convert_to_tensor, tensors) for tensors in self.state]
-        after, finite = _measure_and_step(
-            self.engine,
-            self.variables,
-            before,
-            gradients,
-            self.engine.make_scalars(*scalars),
-            measured,
-            total,
-        )
-        for tensors, old, new in zip(self.state, before, after, strict=True):
+    def _measure(
+        self, phase: str, gradients: list[Any], scalars: tuple, totals: dict
+    ) -> dict[str, Any]:
+        return stages.partial_sums(self._inputs(gradients, scalars, totals), phase)
+
+    def _run(self, gradients: list[Any], scalars: tuple, totals: dict | None) -> tuple:
+        inputs = self._inputs(gradients, scalars, totals)
+        after, outcome = stages.step(inputs)
+        for tensors, old, new in zip(self.state, inputs.state, after, strict=True):
             _assign(tensors, old, new)
-        return finite
+        return outcome.finite, outcome.counted, outcome.model
 
 
-def _measure_and_step(
-    engine: TensorFlowEngine,
-    variables: list,
-    state: list[dict],
-    gradients: list[Any],
-    scalars: stages.Scalars,
-    measured: list[Any] | None = None,
-    total: Any = None,
-) -> tuple[list[dict], Any]:
-    if total is None:
-        measured = stages.measure(engine.plan, variables, state, gradients, scalars)
-        total = sum(ops.cast(x, engine.scalar_dtype) for x in measured)
-    return stages.step(
-        engine.plan, variables, state, gradients, scalars, measured, total
+def _plain(scalars: Scalars) -> tuple:
+    """As `tf.function` can take them."""
+    return (
+        scalars.iterations,
+        scalars.learning_rate,
+        scalars.pairs,
+        scalars.model,
     )
 
 
@@ -351,22 +369,7 @@ def _reduce_on_this_host(strategy: Any, gradients: list[Any]) -> list[Any]:
     `steps_per_execution` makes, so this moves the tensors itself: with NCCL
     between GPUs, by copies between CPUs.
     """
-    reducer = strategy.extended._cross_device_ops
-    if not isinstance(
-        reducer,
-        (
-            tf.distribute.ReductionToOneDevice,
-            tf.distribute.HierarchicalCopyAllReduce,
-            tf.distribute.NcclAllReduce,
-        ),
-    ):
-        gpus = all("GPU" in d for d in strategy.extended.worker_devices)
-        kind = (
-            tf.distribute.NcclAllReduce
-            if gpus
-            else tf.distribute.HierarchicalCopyAllReduce
-        )
-        reducer = kind()
+    reducer = _reducer(strategy)
     # What is packed into one transfer has to have one dtype.
     reduced: list[Any] = [None] * len(gradients)
     groups: dict[Any, list[int]] = {}
@@ -379,6 +382,26 @@ def _reduce_on_this_host(strategy: Any, gradients: list[Any]) -> list[Any]:
         for i, result in zip(members, results, strict=True):
             reduced[i] = result
     return reduced
+
+
+def _reducer(strategy: Any) -> Any:
+    """The strategy's own cross-device operation, where it can be called here."""
+    own = strategy.extended._cross_device_ops
+    devices = strategy.extended.worker_devices
+    # TensorFlow's hierarchical copy makes two groups of equal size: of an odd
+    # number of devices it leaves out the last one.
+    hierarchical = tf.distribute.HierarchicalCopyAllReduce
+    if isinstance(own, hierarchical) and len(devices) % 2 == 0:
+        return own
+    if isinstance(
+        own, tf.distribute.ReductionToOneDevice | tf.distribute.NcclAllReduce
+    ):
+        return own
+    if all("GPU" in device for device in devices):
+        return tf.distribute.NcclAllReduce()
+    if len(devices) % 2:
+        return tf.distribute.ReductionToOneDevice()
+    return hierarchical()
 
 
 @functools.cache

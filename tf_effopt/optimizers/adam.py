@@ -9,6 +9,7 @@ from keras import ops
 
 from tf_effopt.base import Optimizer
 from tf_effopt.hyperparameters import DecayRate, Positive, Switch
+from tf_effopt.rules import Slots
 
 
 def adam_rule(
@@ -101,6 +102,7 @@ class Adam(Optimizer):
         beta_2=0.999,
         epsilon=1e-7,
         amsgrad=False,
+        *,
         bias_correction=True,
         **kwargs,
     ):
@@ -113,5 +115,5 @@ class Adam(Optimizer):
 
     @property
     def slots(self):
-        moments = {"m": "momentum", "v": "velocity"}
-        return (moments, {"v_hat": "velocity_hat"}) if self.amsgrad else moments
+        moments = Slots(m="momentum", v="velocity")
+        return (moments, Slots(v_hat="velocity_hat")) if self.amsgrad else moments

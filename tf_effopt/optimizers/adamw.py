@@ -55,6 +55,7 @@ class AdamW(Adam):
         beta_2=0.999,
         epsilon=1e-7,
         amsgrad=False,
+        *,
         bias_correction=True,
         **kwargs,
     ):

@@ -9,6 +9,7 @@ from keras import ops
 
 from tf_effopt.base import Optimizer
 from tf_effopt.hyperparameters import DecayRate, Fraction, Positive, Switch
+from tf_effopt.rules import Slots
 
 
 def rmsprop_rule(g, slots, *, learning_rate, rho, momentum, epsilon, centered):
@@ -99,9 +100,9 @@ class RMSprop(Optimizer):
 
     @property
     def slots(self):
-        groups = [{"v": "velocity"}]
+        groups = [Slots(v="velocity")]
         if self.momentum:
-            groups.append({"b": "momentum"})
+            groups.append(Slots(b="momentum"))
         if self.centered:
-            groups.append({"g_mean": "average_gradient"})
+            groups.append(Slots(g_mean="average_gradient"))
         return tuple(groups)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from tf_effopt.base import Optimizer
 from tf_effopt.hyperparameters import Fraction, Switch
+from tf_effopt.rules import Slots
 
 
 def sgd_rule(g, slots, *, learning_rate):
@@ -84,4 +85,4 @@ class SGD(Optimizer):
 
     @property
     def slots(self):
-        return {"v": "momentum"} if self.momentum else {}
+        return Slots(v="momentum") if self.momentum else Slots()

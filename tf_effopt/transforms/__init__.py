@@ -1,1 +1,17 @@
 """What stands before or after a rule, whichever rule it is."""
+
+from tf_effopt.transforms.adaptive_clipping import AdaptiveClipping
+from tf_effopt.transforms.base import Transform
+from tf_effopt.transforms.cautious import Cautious
+from tf_effopt.transforms.gradient_noise import GradientNoise
+from tf_effopt.transforms.skip_spikes import SkipSpikes
+from tf_effopt.transforms.zclip import ZClip
+
+__all__ = [
+    "AdaptiveClipping",
+    "Cautious",
+    "GradientNoise",
+    "SkipSpikes",
+    "Transform",
+    "ZClip",
+]

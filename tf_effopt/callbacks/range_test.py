@@ -1,4 +1,4 @@
-"""Callbacks for `fit`: the learning-rate range test."""
+"""The learning-rate range test."""
 
 from __future__ import annotations
 
@@ -136,6 +136,13 @@ class LearningRateRangeTest(keras.callbacks.Callback):
         self._take_state_from_jax()
         rate = self._rate(len(self.losses))
         self._check_rate_was(rate)
+        if "loss" not in (logs or {}):
+            self.restore()
+            raise ValueError(
+                "The learning-rate range test needs each batch's loss: a custom "
+                "`train_step` must return it as 'loss'. Received: "
+                f"{sorted(logs or {})}"
+            )
         self._record(rate, float(logs["loss"]))
         if self.exploded or len(self.losses) == self.steps:
             self._finished = True
@@ -215,7 +222,8 @@ class LearningRateRangeTest(keras.callbacks.Callback):
         """Draws the average loss against the learning rate into a file.
 
         Args:
-            path: where to write it; its suffix is the format: `.png`, `.svg`.
+            path: where to write it; its suffix is the format: `.png` (also
+                without one), `.svg`.
 
         Returns:
             The path.
@@ -250,6 +258,7 @@ class LearningRateRangeTest(keras.callbacks.Callback):
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
         path = Path(path)
+        path = path if path.suffix else path.with_suffix(".png")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
         return path

@@ -1,0 +1,294 @@
+"""What `apply` and `build` take, and what a step does in odd circumstances."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from cases import X, Y, arrays, compiled_model, small_model, train
+
+import tf_effopt
+from tf_effopt import SGD, Adam, AdamW, LossScaleOptimizer
+
+
+def variable(*values, **kwargs):
+    return keras.Variable(np.array(values, "float32"), **kwargs)
+
+
+# ------------------------------------------------------------------------ inputs
+
+
+def test_gradients_may_be_plain_numbers():
+    w = variable(1.0, 2.0)
+    SGD(1.0).apply([[1.0, 1.0]], [w])
+    assert w.numpy().tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("gradient", [[1.0], 1.0, [[1.0, 1.0]], np.ones(3)])
+def test_a_gradient_of_another_shape_is_refused(gradient):
+    w = variable(1.0, 2.0)
+    with pytest.raises(ValueError, match=r"must have its shape \(2,\)"):
+        SGD(1.0).apply([gradient], [w])
+    assert w.numpy().tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "gradient", ["a", {"a": 1}, tf.constant([True]), tf.constant([1j])]
+)
+def test_what_is_no_gradient_is_refused(gradient):
+    with pytest.raises(ValueError, match="must be a tensor of real numbers"):
+        SGD(1.0).apply([gradient], [variable(1.0)])
+
+
+def test_gradients_must_be_a_list():
+    for grads in (None, tf.ones(1), 1.0):
+        with pytest.raises(ValueError, match="`grads` must be a list"):
+            SGD(1.0).apply(grads, [variable(1.0)])
+
+
+def test_variables_must_be_a_list_of_variables():
+    model = small_model()
+    for variables in (model, ["w"], [np.ones(1)], model.weights[0], None, 1):
+        with pytest.raises(ValueError, match="must be a list of variables"):
+            SGD().build(variables)
+    with pytest.raises(ValueError, match="must be a list of variables"):
+        SGD().apply([tf.ones(1)], variable(1.0))
+
+
+def test_a_variable_given_twice_is_refused():
+    w = variable(1.0, name="twice")
+    with pytest.raises(ValueError, match="once.*twice"):
+        SGD(1.0).apply([tf.ones(1), tf.ones(1)], [w, w])
+
+
+def test_rows_need_no_dense_shape():
+    w = keras.Variable(np.ones((4, 2), "float32"))
+    rows = tf.IndexedSlices(tf.ones((2, 2)), tf.constant([2, 2]))
+    SGD(0.25).apply([rows], [w])
+    assert w.numpy()[:, 0].tolist() == [1.0, 1.0, 0.5, 1.0]
+
+
+def test_a_gradient_whose_rank_only_the_graph_knows():
+    w = variable(3.0, 4.0)
+    optimizer = SGD(1.0, clipnorm=1.0)
+    optimizer.build([w])
+
+    @tf.function(input_signature=[tf.TensorSpec(None)])
+    def step(gradient):
+        optimizer.apply([gradient], [w])
+
+    step(tf.constant([3.0, 4.0]))
+    np.testing.assert_allclose(w.numpy(), [2.4, 3.2], rtol=1e-6)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        step(tf.ones(1))
+
+
+# ----------------------------------------------------------------- what isn't finite
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf")])
+def test_a_learning_rate_that_is_not_finite_changes_nothing(rate):
+    w = variable(1.0)
+    optimizer = Adam(lambda: rate)
+    optimizer.apply([tf.ones(1)], [w])
+    assert w.numpy().tolist() == [1.0]
+    assert optimizer.skipped_steps == 1
+    assert int(optimizer.iterations) == 0
+
+
+def test_an_accumulator_that_overflowed_is_empty_after_the_update():
+    w = variable(1.0)
+    optimizer = SGD(1e-30, gradient_accumulation_steps=2, clipvalue=1.0)
+    for g in (2e38, 2e38, 1.0, 1.0):
+        optimizer.apply([tf.constant([g])], [w])
+    assert np.isfinite(optimizer._accumulated_gradients[0].numpy()).all()
+    assert np.isfinite(w.numpy()).all()
+
+
+def test_fit_warns_of_new_skipped_steps_only():
+    model = compiled_model(SGD(0.01))
+    bad = X.copy()
+    bad[3] = np.nan
+    with pytest.warns(UserWarning, match="1 steps"):
+        model.fit(bad, Y, batch_size=4, verbose=0, shuffle=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.fit(X, Y, batch_size=4, verbose=0)
+
+
+# ------------------------------------------------------------- while it is training
+
+
+def test_learning_rate_may_be_set_to_a_tensor_in_a_train_step():
+    class Model(keras.Sequential):
+        def train_step(self, data):
+            steps = tf.cast(self.optimizer.iterations, "float32")
+            self.optimizer.learning_rate = 0.1 / (1.0 + steps)
+            return super().train_step(data)
+
+    model = compiled_model(SGD(0.1), Model([keras.Input((4,)), keras.layers.Dense(2)]))
+    model.fit(X, Y, batch_size=4, verbose=0)
+    np.testing.assert_allclose(model.optimizer.learning_rate, 0.1 / 4, rtol=1e-6)
+
+
+def test_changing_the_loss_scale_changes_no_step():
+    same, changed = (compiled_model(SGD(0.01, loss_scale_factor=4.0)) for _ in range(2))
+    for model in (same, changed):
+        train(model, 2)
+    changed.optimizer.loss_scale_factor = 512.0
+    for model in (same, changed):
+        train(model, 3)
+    for a, b in zip(arrays(same.weights), arrays(changed.weights), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_constraint_that_xla_cannot_run_may_come_in_a_later_step():
+    def through_text(w):
+        return tf.reshape(tf.strings.to_number(tf.strings.as_string(w)), w.shape)
+
+    a, b = variable(1.0), variable(1.0)
+    b.constraint = through_text
+    optimizer = SGD(0.5)
+    optimizer.build([a, b])
+    optimizer.apply([tf.ones(1)], [a])
+    optimizer.apply([tf.ones(1)], [b])
+    assert a.numpy() == b.numpy() == 0.5
+
+
+def test_a_constraint_need_not_be_hashable():
+    class Unhashable(keras.constraints.Constraint):
+        __hash__ = None
+
+        def __call__(self, w):
+            return keras.ops.maximum(w, 0.0)
+
+    w = variable(1.0)
+    w.constraint = Unhashable()
+    SGD(3.0).apply([tf.ones(1)], [w])
+    assert w.numpy() == 0.0
+
+
+def test_averages_replace_only_what_is_trained_now():
+    model = compiled_model(SGD(0.1, use_ema=True, ema_momentum=0.9))
+    train(model, 5)
+    model.layers[1].trainable = False
+    compiled_model(model.optimizer, model)
+    before = arrays(model.layers[1].weights)
+    moved = arrays(model.layers[0].weights)
+    model.fit(X, Y, verbose=0)
+    for was, now in zip(before, arrays(model.layers[1].weights), strict=True):
+        np.testing.assert_array_equal(was, now)
+    assert not np.array_equal(moved[0], model.layers[0].get_weights()[0])
+
+
+# ------------------------------------------------------------------ weight decay
+
+
+def test_an_exact_path_excludes_that_variable_only():
+    inner, outer = variable(1.0, name="kernel"), variable(1.0, name="kernel")
+    inner._path, outer._path = "block/dense/kernel", "dense/kernel"
+    optimizer = AdamW(0.1, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_list=["dense/kernel"])
+    optimizer.apply([tf.zeros(1)] * 2, [inner, outer])
+    np.testing.assert_allclose([*inner.numpy(), *outer.numpy()], [0.95, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"var_names": "bias"}, "must be lists"),
+        ({"var_list": "dense/bias"}, "must be lists"),
+        ({"var_list": variable(1.0)}, "must be lists"),
+        ({"var_names": ["("]}, "regular expressions"),
+    ],
+)
+def test_wrong_exclusions_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AdamW().exclude_from_weight_decay(**arguments)
+
+
+# ------------------------------------------------------------------ loss scaling
+
+
+def test_loss_scaling_hands_exclusions_to_the_inner_optimizer():
+    optimizer = LossScaleOptimizer(SGD(1.0, weight_decay=0.5))
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    w = variable(1.0, name="bias")
+    optimizer.apply([tf.zeros(1)], [w])
+    assert w.numpy() == 1.0
+
+
+def test_a_copy_of_loss_scaling_has_its_state():
+    model = compiled_model(LossScaleOptimizer(Adam(0.01), initial_scale=8.0))
+    train(model, 3)
+    for other in (
+        copy.deepcopy(model.optimizer),
+        model.optimizer.carry_over(model.trainable_variables),
+    ):
+        for a, b in zip(
+            arrays(model.optimizer.variables), arrays(other.variables), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LossScaleOptimizer(SGD(), initial_scale=-1), "initial_scale=-1"),
+        (lambda: LossScaleOptimizer(SGD(), initial_scale=np.nan), "initial_scale=nan"),
+        (lambda: LossScaleOptimizer(SGD(), dynamic_growth_steps=0), "growth_steps=0"),
+        (lambda: LossScaleOptimizer("adam"), "inner_optimizer='adam'"),
+        (lambda: LossScaleOptimizer(None), "inner_optimizer=None"),
+        (lambda: LossScaleOptimizer(SGD()).apply([tf.ones(1)]), "was built"),
+    ],
+)
+def test_wrong_use_of_loss_scaling_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# -------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Adam(beta_1=np.array("0.5")),
+        lambda: Adam(epsilon=np.complex64(1 + 1j)),
+        lambda: Adam(learning_rate=np.array(True)),
+        lambda: Adam(epsilon=10**400),
+        lambda: Adam(epsilon=1e-60),
+        lambda: SGD(1e40),
+        lambda: SGD(clipnorm=1e-40),
+    ],
+)
+def test_what_is_no_number_in_float32_is_refused(make):
+    with pytest.raises(ValueError, match="Received"):
+        make()
+
+
+def test_integers_of_numpy_are_integers():
+    optimizer = SGD(
+        use_ema=True,
+        ema_overwrite_frequency=np.int64(3),
+        gradient_accumulation_steps=np.int64(2),
+    )
+    assert optimizer.ema_overwrite_frequency == 3
+
+
+def test_a_custom_rule_that_takes_what_nothing_provides():
+    def rule(g, slots, *, beta):
+        return -beta * g, slots
+
+    class Custom(tf_effopt.Optimizer):
+        def __init__(self, beta=0.9, **kwargs):
+            super().__init__(**kwargs)
+            self.beta = beta
+
+    Custom.rule = staticmethod(rule)
+    with pytest.raises(TypeError, match="takes `beta`, which nothing provides"):
+        Custom().apply([tf.ones(1)], [variable(1.0)])

@@ -1,0 +1,6 @@
+"""Callbacks for `fit`."""
+
+from tf_effopt.callbacks.evaluation_weights import EvaluationWeights
+from tf_effopt.callbacks.range_test import LearningRateRangeTest
+
+__all__ = ["EvaluationWeights", "LearningRateRangeTest"]

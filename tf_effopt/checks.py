@@ -1,0 +1,138 @@
+"""What the user passes, checked: errors say what was expected, and how to mend it."""
+
+from __future__ import annotations
+
+import numbers
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+import numpy as np
+
+from tf_effopt.hyperparameters import NonNegative
+from tf_effopt.paths import is_variable, path_of
+from tf_effopt.transforms.base import Transform
+
+
+def checked_learning_rate(value: Any) -> Any:
+    """A number as a float, checked; schedules and callables as they are."""
+    if isinstance(value, keras.optimizers.schedules.LearningRateSchedule) or (
+        callable(value) and not isinstance(value, type)
+    ):
+        return value
+    if keras.ops.is_tensor(value) or isinstance(value, keras.Variable):
+        try:
+            value = keras.ops.convert_to_numpy(value)
+        except Exception:  # noqa: BLE001  # Known only when its graph runs.
+            return value
+    kind = NonNegative()
+    kind.__set_name__(keras.optimizers.Optimizer, "learning_rate")
+    try:
+        return kind.check(value)
+    except ValueError:
+        raise ValueError(
+            "`learning_rate` must be a number of at least 0, a "
+            "`keras.optimizers.schedules.LearningRateSchedule`, or a callable "
+            f"without arguments. Received: learning_rate={value!r}"
+        ) from None
+
+
+def checked_transforms(transforms: Any) -> tuple[Transform, ...]:
+    wrong = not isinstance(transforms, list | tuple)
+    bad = transforms if wrong else [x for x in transforms if not _is_new(x)]
+    if wrong or bad:
+        raise ValueError(
+            "`transforms` must be a list of instances of "
+            "`tf_effopt.transforms.Transform`, each for this optimizer only. "
+            f"Received: {bad!r}"
+        )
+    return tuple(transforms)
+
+
+def _is_new(transform: Any) -> bool:
+    return isinstance(transform, Transform) and not transform.built
+
+
+def as_int(value: Any) -> Any:
+    """NumPy's integers as Python's, which Keras asks for."""
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return int(value) if is_integer else value
+
+
+def checked_variables(variables: Any) -> list[Any]:
+    """A list of distinct variables."""
+    wrong = not isinstance(variables, Iterable) or is_variable(variables)
+    variables = [variables] if wrong else list(variables)
+    if wrong or not all(map(is_variable, variables)):
+        raise ValueError(
+            "`trainable_variables` must be a list of variables, such as "
+            "`model.trainable_variables`, as the second argument of `apply`. "
+            f"Received: {_shown(variables)}"
+        )
+    if len({id(v) for v in variables}) < len(variables):
+        seen: set[int] = set()
+        twice = [path_of(v) for v in variables if id(v) in seen or seen.add(id(v))]
+        raise ValueError(
+            "Each variable must be given once; add up the gradients of one that is "
+            f"used several times. Received twice: {twice}"
+        )
+    return variables
+
+
+def checked_gradients(grads: Any) -> list[Any]:
+    """A list of gradients, those of plain numbers as arrays."""
+    if not isinstance(grads, Iterable) or hasattr(grads, "shape"):
+        raise ValueError(
+            "`grads` must be a list of gradients, each a tensor, `tf.IndexedSlices` "
+            f"or None. Received: {_shown(grads)}"
+        )
+    checked = []
+    for g in grads:
+        if g is not None and not hasattr(g, "dtype"):
+            g = np.asarray(g)
+        if g is not None and not _is_real(g):
+            raise ValueError(
+                "A gradient must be a tensor of real numbers, `tf.IndexedSlices` or "
+                f"None. Received: {_shown(g)}"
+            )
+        checked.append(g)
+    return checked
+
+
+def _is_real(gradient: Any) -> bool:
+    dtype = str(getattr(gradient.dtype, "name", gradient.dtype))
+    return "float" in dtype or "int" in dtype
+
+
+def same_shape(gradient: Any, variable: Any) -> bool:
+    shape = gradient.shape
+    if shape is None or getattr(shape, "rank", 0) is None:
+        return True  # Known only when the graph runs.
+    mine, own = tuple(shape), tuple(variable.shape)
+    return len(mine) == len(own) and all(a in (None, b) for a, b in zip(mine, own))
+
+
+def without_none(grads: list[Any], variables: list[Any]) -> tuple[list, list]:
+    """Drops variables without a gradient, with Keras's warning."""
+    missing = [path_of(v) for g, v in zip(grads, variables, strict=True) if g is None]
+    if len(missing) == len(variables):
+        raise ValueError(
+            "No gradients provided for any variable. Check that the loss depends "
+            f"on them. Received: None for {missing[:5]}"
+            + (" and more." if len(missing) > 5 else ".")
+        )
+    if missing:
+        warnings.warn(
+            f"Gradients do not exist for variables {missing} when minimizing the "
+            "loss. If using `model.compile()`, did you forget to provide a `loss` "
+            "argument?",
+            stacklevel=4,
+        )
+    kept = [(g, v) for g, v in zip(grads, variables, strict=True) if g is not None]
+    return [g for g, _ in kept], [v for _, v in kept]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}... ({type(value).__name__})"

@@ -1,0 +1,211 @@
+"""Stages 3 to 6: what becomes of the gradients before the rule sees them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from keras import ops
+
+from tf_effopt.engine.inputs import Inputs, in_compute_dtype, own_arguments
+from tf_effopt.engine.plan import (
+    EVALUATING,
+    OPTIMIZER,
+    Arguments,
+    BoundModelRule,
+    TrainedVariable,
+)
+from tf_effopt.engine.sparse import Rows
+from tf_effopt.transforms import clipping
+
+GRADIENT = "gradient"  # the phase of the finite check and of clipping
+
+
+def unscaled(inputs: Inputs) -> list[Any]:
+    """Stage 3: gradients in the dtype of the arithmetic, loss scaling undone."""
+    arguments = Arguments(inputs.plan, inputs.scalars, inputs.t)
+
+    def unscale(v: TrainedVariable, x: Any) -> Any:
+        x = ops.cast(x, v.compute_dtype)
+        if not inputs.plan.loss_scale:
+            return x
+        return x / arguments.number(OPTIMIZER, "loss_scale_factor", v.compute_dtype)
+
+    return [
+        _elementwise(functools.partial(unscale, v), g)
+        for v, g in zip(inputs.variables, inputs.gradients, strict=True)
+    ]
+
+
+def _elementwise(function: Callable, gradient: Any) -> Any:
+    """Applies a function that maps 0 to 0 to a gradient of any kind."""
+    if gradient is None:
+        return None
+    return gradient.map(function) if isinstance(gradient, Rows) else function(gradient)
+
+
+def measured_numbers(inputs: Inputs, gradients: list[Any]) -> list[Any]:
+    """Numbers that tell of all gradients, to be added up.
+
+    Squared norms where a stage clips by norms, else sums. Their sum is finite
+    only if the whole gradient is. There is one number for each gradient if
+    each is clipped by its own; else small tensors share one.
+    """
+    plan = inputs.plan
+    seen = []
+    for tensors, g in zip(inputs.state, gradients, strict=True):
+        if g is None:
+            continue
+        if plan.accumulation_steps > 1 and plan.needs_norms:
+            g = (tensors["accumulator"] + g) / plan.accumulation_steps
+        elif isinstance(g, Rows):
+            g = g.unique
+        seen.append(g)
+    if plan.clip != "clipnorm":
+        seen = clipping.joined(seen)
+    return [clipping.squared_norm(g) if plan.needs_norms else ops.sum(g) for g in seen]
+
+
+def sum_of(numbers: list[Any], dtype: str) -> Any:
+    if not numbers:
+        return ops.zeros((), dtype)
+    return sum(ops.cast(x, dtype) for x in numbers)
+
+
+def accumulated(inputs: Inputs, gradients: list[Any]) -> list[Any]:
+    """Stage 4: the mean gradient of this update, should it be due."""
+    n = inputs.plan.accumulation_steps
+    if n == 1:
+        return gradients
+    return [
+        None if g is None else (s["accumulator"] + g) / n
+        for s, g in zip(inputs.state, gradients, strict=True)
+    ]
+
+
+def accumulate(
+    inputs: Inputs, gradients: list[Any], after: list[dict], mark: Any, finite: Any
+) -> None:
+    """Stage 4, what is kept: `mark` is 1 after a micro-step, 0 after an update."""
+    for old, new, g in zip(inputs.state, after, gradients, strict=True):
+        accumulator = old["accumulator"]
+        grown = accumulator if g is None else accumulator + g
+        # Not a product: the sum of finite gradients may be infinite.
+        grown = ops.where(mark > 0, grown, ops.zeros_like(grown))
+        new["accumulator"] = ops.where(finite, grown, accumulator)
+
+
+def clipped_gradients(
+    inputs: Inputs, gradients: list[Any], measured: list[Any], total: Any = None
+) -> list[Any]:
+    """Stage 5."""
+    plan = inputs.plan
+    if plan.clip is None:
+        return gradients
+    if total is None:
+        total = inputs.totals[GRADIENT]["total"]
+    arguments = Arguments(plan, inputs.scalars, inputs.t)
+    measured = iter(measured)
+    clipped = []
+    for v, g in zip(inputs.variables, gradients, strict=True):
+        if g is None:
+            clipped.append(None)
+            continue
+        limit = arguments.number(OPTIMIZER, plan.clip, v.compute_dtype)
+        if plan.clip == "clipvalue":
+            clip = functools.partial(clipping.clip_by_value, clipvalue=limit)
+        else:
+            squared = next(measured) if plan.clip == "clipnorm" else total
+            norm = ops.sqrt(ops.cast(squared, v.compute_dtype))
+            clip = functools.partial(clipping.clip_by_norm, norm=norm, clipnorm=limit)
+        clipped.append(_elementwise(clip, g))
+    return clipped
+
+
+class Transformed:
+    """Stage 6, and the numbers of the whole model on its way.
+
+    Attributes:
+        gradients: after the transforms that have run.
+        arguments: with the numbers that the model rules have returned.
+        model: owner -> letter -> the model's slots, next ones where a rule ran.
+        skips: whether a transform wants the step to be skipped.
+    """
+
+    def __init__(self, inputs: Inputs, gradients: list[Any]):
+        self.inputs = inputs
+        self.gradients = gradients
+        self.arguments = Arguments(inputs.plan, inputs.scalars, inputs.t)
+        self.model = dict(inputs.scalars.model)
+        self.skips: Any = False
+
+    def run(self, until: str | None = None) -> dict[str, Any] | None:
+        """Runs all transforms, or returns what phase `until` has to sum up."""
+        for transform in self.inputs.plan.transforms:
+            if transform.model is not None:
+                if until == str(transform.owner):
+                    return self._sums(transform.owner, transform.model)
+                numbers = self._model_numbers(transform.owner, transform.model)
+                self.arguments.numbers[transform.owner] = numbers
+                if transform.decides:
+                    self.skips = ops.logical_or(self.skips, numbers["skip"])
+            if transform.before is not None:
+                self.gradients = [
+                    self._before(transform, v, tensors, g)
+                    if g is not None and transform.owner in v.transforms
+                    else g
+                    for v, tensors, g in self._each()
+                ]
+        if until == str(OPTIMIZER):
+            return self._sums(OPTIMIZER, self.inputs.plan.model)
+        return None
+
+    def optimizer_numbers(self) -> tuple[dict[str, Any], dict]:
+        """Runs the optimizer's own model rule: its numbers, all next slots."""
+        plan, numbers = self.inputs.plan, {}
+        if plan.model is not None:
+            numbers = self._model_numbers(OPTIMIZER, plan.model)
+        if plan.evaluation is not None:
+            now = self.model[OPTIMIZER]
+            self.model[OPTIMIZER] = now | {EVALUATING: 0 * now[EVALUATING]}
+        return numbers, self.model
+
+    def _each(self) -> Any:
+        inputs = self.inputs
+        return zip(inputs.variables, inputs.state, self.gradients, strict=True)
+
+    def _before(self, transform: Any, v: TrainedVariable, tensors: dict, g: Any) -> Any:
+        arguments = self.arguments.for_variable(v, transform.owner)
+        arguments |= own_arguments(v, tensors, transform.before, self.arguments)
+        return transform.before(g, arguments=arguments)
+
+    def _model_numbers(self, owner: int, model: BoundModelRule) -> dict[str, Any]:
+        inputs = self.inputs
+        sums = {}
+        if model.measure is not None:
+            sums = inputs.total(str(owner), lambda: self._sums(owner, model))
+        before = inputs.scalars.model[owner]
+        numbers, after = model.rule(
+            sums, before, arguments=self.arguments.of(owner, inputs.scalar_dtype)
+        )
+        self.model[owner] = before | after
+        return numbers
+
+    def _sums(self, owner: int, model: BoundModelRule) -> dict[str, Any]:
+        dtype = self.inputs.scalar_dtype
+        parts: dict[str, list[Any]] = {}
+        for v, tensors, g in self._each():
+            if g is None:
+                continue
+            arguments = self.arguments.for_variable(v, owner)
+            arguments |= {
+                letter: ops.cast(x, v.compute_dtype)
+                for letter, x in self.inputs.scalars.model[owner].items()
+            }
+            arguments |= own_arguments(v, tensors, model.measure, self.arguments)
+            slots = in_compute_dtype(v, tensors["slots"])
+            measured = model.measure(g, slots, arguments=arguments)
+            for name, x in measured.items():
+                parts.setdefault(name, []).append(x)
+        return {name: sum_of(numbers, dtype) for name, numbers in parts.items()}

@@ -1,0 +1,67 @@
+"""What a step has to work with on one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from tf_effopt import random
+from tf_effopt.engine.plan import Arguments, Bound, Plan, Scalars, TrainedVariable
+
+
+@dataclasses.dataclass
+class Inputs:
+    """What a step has to work with on one device.
+
+    Attributes:
+        state: for each variable a dict of tensors: `weight`, `slots`, and if
+            the plan has them `accumulator`, `average`, `compensation`.
+        gradients: for each variable a dense tensor, `Rows`, or None (only
+            its average moves).
+        scalars: the numbers of this step.
+        totals: phase -> sums over all devices, those known so far; None where
+            there is one device only.
+    """
+
+    plan: Plan
+    variables: list[TrainedVariable]
+    state: list[dict]
+    gradients: list[Any]
+    scalars: Scalars
+    totals: dict[str, dict[str, Any]] | None = None
+
+    @property
+    def scalar_dtype(self) -> str:
+        return keras.backend.standardize_dtype(self.scalars.pairs.dtype)
+
+    @property
+    def t(self) -> Any:
+        """The number of this update, from 1."""
+        return self.scalars.iterations // self.plan.accumulation_steps + 1
+
+    def total(self, phase: str, sums: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The sums of a phase over all devices."""
+        return sums() if self.totals is None else self.totals[phase]
+
+
+def in_compute_dtype(v: TrainedVariable, slots: dict) -> dict:
+    return {k: ops.cast(x, v.compute_dtype) for k, x in slots.items()}
+
+
+def own_arguments(
+    v: TrainedVariable, tensors: dict, function: Bound, arguments: Arguments
+) -> dict[str, Any]:
+    """The weight and the noise of one variable, if `function` takes them."""
+    own = {}
+    if "w" in function.names:
+        own["w"] = ops.cast(tensors["weight"], v.compute_dtype)
+    if "noise" in function.names:
+        own["noise"] = functools.partial(
+            random.normal, v.shape, arguments.t, v.index, v.compute_dtype
+        )
+    return own

@@ -1,0 +1,288 @@
+"""What is fixed about an optimizer once it is built, and the numbers of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from keras import ops
+
+from tf_effopt import precision
+from tf_effopt.hyperparameters import Number
+from tf_effopt.rules import Evaluation, ModelRule
+
+# Arguments of a rule that aren't hyper-parameters of its class.
+STEP_ARGUMENTS = ("t", "learning_rate", "w", "noise")
+CLIP_ARGUMENTS = ("clipnorm", "clipvalue", "global_clipnorm")
+STAGE_ARGUMENTS = (
+    *CLIP_ARGUMENTS,
+    "weight_decay",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+)
+EVALUATING = "evaluating"  # a slot of the model: 1 or 0
+OPTIMIZER = 0  # the first owner; the transforms and the groups come after it
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A pure function, and where its keyword-only arguments come from.
+
+    Attributes:
+        names: those that a step provides, by name.
+        fixed: the others, with their values.
+    """
+
+    function: Callable
+    names: tuple[str, ...]
+    fixed: dict[str, Any]
+
+    def __call__(self, *tensors: Any, arguments: dict[str, Any]) -> Any:
+        given = {name: arguments[name] for name in self.names}
+        return self.function(*tensors, **given, **self.fixed)
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundModelRule:
+    """A `ModelRule`, bound; `starts` are its slots' first values."""
+
+    rule: Bound
+    measure: Bound | None
+    starts: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundTransform:
+    """A transform, bound; see `tf_effopt.transforms.Transform`."""
+
+    owner: int
+    before: Bound | None
+    after: Bound | None
+    model: BoundModelRule | None
+    decides: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundEvaluation:
+    """An `Evaluation`, bound."""
+
+    to_evaluation: Bound
+    to_training: Bound
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedVariable:
+    """What is fixed about one trained variable.
+
+    Attributes:
+        rule: bound; the same object for variables that are trained alike.
+        transforms: the owners of the transforms that act on it.
+        decays: whether the stage of weight decay acts on it.
+        decay_owner, rate_owner: whose `weight_decay` counts for it, and whose
+            `learning_rate_multiplier`; None for none.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: str
+    constraint: Callable | None
+    rule: Bound
+    transforms: frozenset[int]
+    decays: bool
+    decay_owner: int | None
+    rate_owner: int | None
+
+    @property
+    def compute_dtype(self) -> str:
+        return precision.compute_dtype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is fixed about an optimizer once it is built.
+
+    Attributes:
+        numbers: the hyper-parameters that are numbers and in use, in order:
+            (owner, name) -> descriptor.
+        transforms: in their order.
+        model: the optimizer's own model rule, or None.
+        evaluation: how to go to other weights for evaluation, or None. The
+            model's slot `EVALUATING` tells which are in place.
+        rounding: one of `precision.ROUNDINGS`.
+        accumulation_steps: gradients summed up for one update.
+        clip: None or the clipping argument that is set.
+        ema, loss_scale, overwrites: whether the stage exists.
+    """
+
+    numbers: dict[tuple[int, str], Any]
+    transforms: tuple[BoundTransform, ...]
+    model: BoundModelRule | None
+    evaluation: BoundEvaluation | None
+    rounding: str
+    accumulation_steps: int
+    clip: str | None
+    ema: bool
+    overwrites: bool
+    loss_scale: bool
+
+    @property
+    def needs_norms(self) -> bool:
+        return self.clip in ("clipnorm", "global_clipnorm")
+
+    @property
+    def decides(self) -> bool:
+        """Whether a transform may skip a step."""
+        return any(transform.decides for transform in self.transforms)
+
+    def models(self) -> Iterator[tuple[int, BoundModelRule]]:
+        """The rules for the whole model, by owner, in their order."""
+        for transform in self.transforms:
+            if transform.model is not None:
+                yield transform.owner, transform.model
+        if self.model is not None:
+            yield OPTIMIZER, self.model
+
+
+@dataclasses.dataclass
+class Scalars:
+    """The numbers of one step, as tensors.
+
+    Attributes:
+        iterations: integer, micro-steps so far.
+        learning_rate: float.
+        pairs: of shape `(len(plan.numbers), 2)`: value and 1 minus value.
+        model: owner -> letter -> the model's slots before this step.
+    """
+
+    iterations: Any
+    learning_rate: Any
+    pairs: Any
+    model: dict[int, dict[str, Any]]
+
+
+class Arguments:
+    """What rules may ask for by name in one step, or one branch of it."""
+
+    def __init__(self, plan: Plan, scalars: Scalars, t: Any):
+        self.plan = plan
+        self.scalars = scalars
+        self.t = t
+        self.numbers: dict[int, dict[str, Any]] = {}  # owner -> name -> number
+        self._cached: dict[tuple[int, str], dict[str, Any]] = {}
+
+    def of(self, owner: int, dtype: str) -> dict[str, Any]:
+        """Name -> what a function of `owner` on tensors of `dtype` receives."""
+        key = owner, dtype
+        if key not in self._cached:
+            pairs = ops.cast(self.scalars.pairs, dtype)
+            self._cached[key] = {
+                name: kind.as_rule_argument(pairs[i, 0], pairs[i, 1])
+                for i, ((whose, name), kind) in enumerate(self.plan.numbers.items())
+                if whose == owner
+            } | {
+                "learning_rate": ops.cast(self.scalars.learning_rate, dtype),
+                "t": ops.cast(self.t, dtype),
+            }
+        return self._cached[key] | {
+            name: ops.cast(x, dtype) for name, x in self.numbers.get(owner, {}).items()
+        }
+
+    def number(self, owner: int, name: str, dtype: str) -> Any:
+        return self.of(owner, dtype)[name]
+
+    def for_variable(self, v: TrainedVariable, owner: int = OPTIMIZER) -> dict:
+        """As `of`, with the learning rate and the decay of one variable."""
+        arguments = dict(self.of(owner, v.compute_dtype))
+        if v.rate_owner is not None:
+            multiplier = self.number(
+                v.rate_owner, "learning_rate_multiplier", v.compute_dtype
+            )
+            arguments["learning_rate"] = arguments["learning_rate"] * multiplier
+        if v.decay_owner is None:
+            arguments["weight_decay"] = ops.zeros((), v.compute_dtype)
+        else:
+            arguments["weight_decay"] = self.number(
+                v.decay_owner, "weight_decay", v.compute_dtype
+            )
+        return arguments
+
+
+# ----------------------------------------------------------------------- making
+
+
+def keyword_arguments(function: Callable) -> tuple[str, ...]:
+    """The names of a function's keyword-only arguments."""
+    return tuple(
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    )
+
+
+class Binder:
+    """Finds, for the functions of one owner, where their arguments come from.
+
+    Args:
+        owner: an optimizer, a transform or a group.
+        number: of this owner.
+        numbers: of the plan; those that the functions use are added.
+        model: the owner's `ModelRule`, or None.
+    """
+
+    def __init__(self, owner: Any, number: int, numbers: dict, model: ModelRule | None):
+        self.owner = owner
+        self.number = number
+        self.numbers = numbers
+        self.has_model = model is not None
+
+    def bind(self, function: Callable, settings: Any = ()) -> Bound:
+        """Binds a function; `settings` are fixed arguments of this use of it."""
+        names, fixed = [], dict(settings)
+        for name in keyword_arguments(function):
+            if name in fixed:
+                continue
+            kind = getattr(type(self.owner), name, None)
+            if name in (*STEP_ARGUMENTS, "weight_decay"):
+                names.append(name)
+            elif kind is not None and hasattr(kind, "structure"):
+                value = getattr(self.owner, name)
+                if not isinstance(kind, Number):
+                    fixed[name] = value
+                elif kind.is_off(value):
+                    fixed[name] = None
+                else:
+                    self.numbers[self.number, name] = kind
+                    names.append(name)
+            elif self.has_model:
+                names.append(name)
+            else:
+                raise TypeError(
+                    f"`{function.__name__}` takes `{name}`, which nothing provides: "
+                    f"it is none of {', '.join(STEP_ARGUMENTS)}, and "
+                    f"{type(self.owner).__name__} has no such hyper-parameter."
+                )
+        extra = set(fixed) - set(keyword_arguments(function))
+        return Bound(
+            function,
+            tuple(names),
+            {name: value for name, value in fixed.items() if name not in extra},
+        )
+
+    def bind_model(self, model: ModelRule | None) -> BoundModelRule | None:
+        if model is None:
+            return None
+        return BoundModelRule(
+            rule=self.bind(model.rule),
+            measure=None if model.measure is None else self.bind(model.measure),
+            starts={letter: start for letter, (_, start) in model.slots.items()},
+        )
+
+    def bind_evaluation(self, evaluation: Evaluation | None) -> BoundEvaluation | None:
+        if evaluation is None:
+            return None
+        return BoundEvaluation(
+            self.bind(evaluation.to_evaluation), self.bind(evaluation.to_training)
+        )

@@ -1,0 +1,141 @@
+"""Stages 7 to 12: the rule, and what is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keras import ops
+
+from tf_effopt import precision, random
+from tf_effopt.averaging import ema
+from tf_effopt.engine.inputs import Inputs, in_compute_dtype
+from tf_effopt.engine.plan import EVALUATING, OPTIMIZER, Arguments, TrainedVariable
+from tf_effopt.engine.sparse import Rows
+
+
+def update_one(
+    inputs: Inputs, v: TrainedVariable, tensors: dict, g: Any, arguments: Arguments
+) -> dict:
+    """Stages 7 to 12 for one variable."""
+    if inputs.plan.evaluation is not None:
+        tensors = tensors | {"weight": _at_training(inputs, v, tensors, arguments)}
+    after = dict(tensors)
+    if isinstance(g, Rows):
+        touched = {k: x for k, x in tensors.items() if k != "average"}
+        rows = g.gather(touched)
+        rows = _apply_rule(inputs, v, rows, g.values, arguments, g.elements(v.shape))
+        after |= g.scatter(touched, rows)
+    elif g is not None:
+        after |= _apply_rule(inputs, v, tensors, g, arguments, None)
+    if g is not None and v.constraint is not None:
+        after["weight"] = ops.cast(v.constraint(after["weight"]), v.dtype)
+    if inputs.plan.ema:
+        after |= _average(inputs, v, after, arguments)
+    return after
+
+
+def _at_training(
+    inputs: Inputs, v: TrainedVariable, tensors: dict, arguments: Arguments
+) -> Any:
+    """The weight at which to train, also where that for evaluation is in place."""
+    w = tensors["weight"]
+    back = inputs.plan.evaluation.to_training(
+        ops.cast(w, v.compute_dtype),
+        in_compute_dtype(v, tensors["slots"]),
+        arguments=arguments.for_variable(v),
+    )
+    evaluating = inputs.scalars.model[OPTIMIZER][EVALUATING] > 0
+    return ops.where(evaluating, precision.store(back, v.dtype), w)
+
+
+def _apply_rule(
+    inputs: Inputs,
+    v: TrainedVariable,
+    tensors: dict,
+    g: Any,
+    arguments: Arguments,
+    elements: Any,
+) -> dict:
+    """Stages 7 to 10: the rule, update transforms, decay and the rounding."""
+    plan = inputs.plan
+    w = ops.cast(tensors["weight"], v.compute_dtype)
+    mine = arguments.for_variable(v) | {"w": w}
+    delta, new_slots = v.rule(g, in_compute_dtype(v, tensors["slots"]), arguments=mine)
+    for transform in plan.transforms:
+        if transform.after is not None and transform.owner in v.transforms:
+            own = arguments.for_variable(v, transform.owner) | {"w": w}
+            delta = transform.after(delta, g, arguments=own)
+    if v.decays:
+        delta = delta - mine["learning_rate"] * mine["weight_decay"] * w
+    after = {
+        "slots": {
+            k: ops.cast(new_slots[k], x.dtype) for k, x in tensors["slots"].items()
+        }
+    }
+    if "compensation" in tensors:
+        delta = delta + ops.cast(tensors["compensation"], v.compute_dtype)
+        after["weight"] = precision.store(w + delta, v.dtype)
+        lost = (w + delta) - ops.cast(after["weight"], v.compute_dtype)
+        after["compensation"] = ops.cast(lost, tensors["compensation"].dtype)
+    else:
+        stochastic = plan.rounding == "stochastic"
+        bits = _bits(v, inputs.t, elements, salt=0) if stochastic else None
+        after["weight"] = precision.store(w + delta, v.dtype, bits)
+    return after
+
+
+def switched(inputs: Inputs, to_evaluation: bool) -> list[Any]:
+    """The weights at which to evaluate, or those at which to train."""
+    evaluation = inputs.plan.evaluation
+    way = evaluation.to_evaluation if to_evaluation else evaluation.to_training
+    arguments = Arguments(inputs.plan, inputs.scalars, inputs.t)
+    return [
+        precision.store(
+            way(
+                ops.cast(tensors["weight"], v.compute_dtype),
+                in_compute_dtype(v, tensors["slots"]),
+                arguments=arguments.for_variable(v),
+            ),
+            v.dtype,
+        )
+        for v, tensors in zip(inputs.variables, inputs.state, strict=True)
+    ]
+
+
+def _average(
+    inputs: Inputs, v: TrainedVariable, tensors: dict, arguments: Arguments
+) -> dict:
+    """Stage 12."""
+    plan, t = inputs.plan, inputs.t
+    numbers = arguments.of(OPTIMIZER, v.compute_dtype)
+    average = ema.ema_rule(
+        ops.cast(tensors["average"], v.compute_dtype),
+        ops.cast(tensors["weight"], v.compute_dtype),
+        t=t,
+        ema_momentum=numbers["ema_momentum"],
+    )
+    # An average moves too slowly for rounding to nearest, compensated or not.
+    bits = None if plan.rounding == "nearest" else _bits(v, t, None, salt=1)
+    average = precision.store(average, v.dtype, bits)
+    after = {"average": average}
+    if plan.overwrites:
+        frequency = ops.cast(numbers["ema_overwrite_frequency"], t.dtype)
+        after["weight"] = ema.overwrite(
+            average, tensors["weight"], t=t, frequency=frequency
+        )
+        if "compensation" in tensors:
+            c = tensors["compensation"]
+            after["compensation"] = ema.overwrite(
+                ops.zeros_like(c), c, t=t, frequency=frequency
+            )
+    return after
+
+
+def _bits(v: TrainedVariable, t: Any, elements: Any, salt: int) -> Any | None:
+    """Random bits for one write, or None where nothing is to be rounded."""
+    if not precision.is_narrow(v.dtype):
+        return None
+    stream = 2 * v.index + salt
+    if elements is None:
+        return random.bits(v.shape, t, stream)
+    return random.bits_of(elements, t, stream)

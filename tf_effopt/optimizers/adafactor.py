@@ -1,0 +1,194 @@
+"""Adafactor, from Shazeer & Stern, "Adafactor: Adaptive Learning Rates with
+Sublinear Memory Cost", 2018.
+
+https://arxiv.org/abs/1804.04235
+"""
+
+from __future__ import annotations
+
+import math
+
+import keras
+from keras import ops
+
+from tf_effopt.base import Optimizer
+from tf_effopt.hyperparameters import Negative, Positive, Switch
+from tf_effopt.linalg import root_mean_square
+from tf_effopt.rules import Part, Slot, Slots
+
+
+def factored_second_moment(q, slots, beta, axes):
+    """Returns the second moment from its row and column means, and these.
+
+    Args:
+        q: squared gradient, of shape `S`.
+        slots: `r`, of `S` without the second of `axes`: means over it; `c`, of
+            `S` without the first: means over that.
+        beta: scalar, share of both kept in this update.
+        axes: the two axes, in order, that are factored.
+    """
+    rows, columns = axes
+    r = beta * slots["r"] + (1 - beta) * ops.mean(q, axis=columns)
+    c = beta * slots["c"] + (1 - beta) * ops.mean(q, axis=rows)
+    share = r / ops.mean(r, axis=rows, keepdims=True)
+    v = ops.expand_dims(share, columns) * ops.expand_dims(c, rows)
+    return v, {"r": r, "c": c}
+
+
+def adafactor_rule(
+    g,
+    slots,
+    *,
+    t,
+    w,
+    learning_rate,
+    beta_2_decay,
+    epsilon_1,
+    epsilon_2,
+    clip_threshold,
+    is_relative,
+    axes,
+):
+    """Returns Adafactor's change to one tensor, and its next second moment.
+
+    Args:
+        g: gradient, of any shape `S`.
+        slots: `r` and `c`, see `factored_second_moment`; or `v`, of shape `S`,
+            where nothing is factored.
+        t: scalar, the number of this update, from 1.
+        w: the weight, of shape `S`.
+        learning_rate: scalar, the largest relative step: the share of its root
+            mean square that the weight moves.
+        beta_2_decay: scalar below 0: `1 - t**beta_2_decay` of the second moment
+            is kept.
+        epsilon_1: in the units of `g**2`.
+        epsilon_2: in the weight's units: the least that counts as its size.
+        clip_threshold: largest root mean square of the step before scaling.
+        is_relative: whether the relative step falls as `1 / sqrt(t)`.
+        axes: the two axes that are factored, or None.
+
+    Returns:
+        `(delta, slots)`: what to add to the weight, and the next slots.
+    """
+    rho = ops.minimum(learning_rate, t**-0.5) if is_relative else learning_rate
+    alpha = ops.maximum(epsilon_2, root_mean_square(w)) * rho
+    beta = 1 - t**beta_2_decay
+    q = ops.square(g) + epsilon_1
+    if axes:
+        v, slots = factored_second_moment(q, slots, beta, axes)
+    else:
+        v = beta * slots["v"] + (1 - beta) * q
+        slots = {"v": v}
+    u = g / ops.sqrt(v)
+    u = u / ops.maximum(1 + 0 * alpha, root_mean_square(u) / clip_threshold)
+    return -alpha * u, slots
+
+
+def factored_axes(shape):
+    """Returns the two largest axes, in order, or None if to factor saves nothing."""
+    if len(shape) < 2:
+        return None
+    largest = sorted(range(len(shape)), key=lambda axis: (shape[axis], axis))[-2:]
+    rows, columns = sorted(largest)
+    size = math.prod(shape)
+    if size // shape[rows] + size // shape[columns] >= size:
+        return None
+    return rows, columns
+
+
+class Adafactor(Optimizer):
+    """Adafactor: a second moment kept as row and column means only.
+
+    The variant is the paper's Algorithm 4 with its update clipping and its
+    relative step; the two largest axes are factored. (Keras's keeps the whole
+    second moment beside its factors, and takes the relative step whatever
+    `relative_step` says; it factors the last two axes.)
+
+    Keeps `(m + n) / (m * n)` values per parameter of an m x n matrix, 0.002 for
+    1024 x 1024, and 1 for vectors. Takes `keras.optimizers.Adafactor`'s
+    arguments, and converts the state it saved.
+
+    When not to use it: where memory isn't short; `AdamW` has a first moment and
+    is easier to tune.
+
+    Reference: Shazeer & Stern, 2018, https://arxiv.org/abs/1804.04235
+
+    Args:
+        learning_rate: float of at least 0, schedule or callable: the largest
+            share of its own root mean square that a tensor moves. Keras's
+            default is 0.001, the paper's 0.01.
+        beta_2_decay: float below 0; the second moment's decay rate is
+            `1 - t**beta_2_decay`.
+        epsilon_1: float above 0, added to the squared gradient.
+        epsilon_2: float above 0, the least root mean square of a weight.
+        clip_threshold: float above 0, largest root mean square of a step.
+        relative_step: bool, whether a learning rate that is a number is lowered
+            to `1 / sqrt(t)` where that is less. A schedule is taken as it is.
+        **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+
+    >>> import keras, tf_effopt
+    >>> w = keras.Variable([[3.0, 3.0], [3.0, 3.0]])
+    >>> optimizer = tf_effopt.Adafactor(learning_rate=0.1)
+    >>> optimizer.apply([keras.ops.ones((2, 2))], [w])
+    >>> round(float(w.numpy()[0, 0]), 4)  # moved by 0.1 of its size
+    2.7
+    """
+
+    elementwise = False
+    beta_2_decay = Negative()
+    epsilon_1 = Positive()
+    epsilon_2 = Positive()
+    clip_threshold = Positive()
+    relative_step = Switch()
+
+    def __init__(
+        self,
+        learning_rate=0.001,
+        beta_2_decay=-0.8,
+        epsilon_1=1e-30,
+        epsilon_2=1e-3,
+        clip_threshold=1.0,
+        relative_step=True,
+        **kwargs,
+    ):
+        super().__init__(learning_rate, **kwargs)
+        self.beta_2_decay = beta_2_decay
+        self.epsilon_1 = epsilon_1
+        self.epsilon_2 = epsilon_2
+        self.clip_threshold = clip_threshold
+        self.relative_step = relative_step
+
+    def part(self, path, shape):
+        is_number = isinstance(self._learning_rate, keras.Variable)
+        axes = factored_axes(shape)
+        settings = {"is_relative": self.relative_step and is_number, "axes": axes}
+        if axes is None:
+            return Part(adafactor_rule, Slots(v="velocity"), settings, name="vector")
+        rows, columns = axes
+        slots = Slots(
+            r=Slot("row", lambda shape: _without(shape, columns)),
+            c=Slot("column", lambda shape: _without(shape, rows)),
+        )
+        return Part(adafactor_rule, slots, settings, name="factored")
+
+    def convert_keras_slots(self, saved, steps):
+        # Keras's are row means, column means and the whole second moment; rows
+        # and columns are the last two axes, not the largest.
+        shapes = [tuple(v.shape) for v in self._trainable_variables]
+        moments = saved[2::3]
+        if len(saved) != 3 * len(shapes) or [x.shape for x in moments] != shapes:
+            return None
+        slots = []
+        for v in moments:
+            axes = factored_axes(v.shape)
+            slots += [v] if axes is None else [v.mean(axis) for axis in axes[::-1]]
+        return slots
+
+
+def _without(shape, axis):
+    return shape[:axis] + shape[axis + 1 :]

@@ -1,0 +1,125 @@
+"""LAMB, from You et al., "Large Batch Optimization for Deep Learning: Training
+BERT in 76 minutes", 2020.
+
+https://arxiv.org/abs/1904.00962
+"""
+
+from __future__ import annotations
+
+from keras import ops
+
+from tf_effopt.base import Optimizer
+from tf_effopt.hyperparameters import DecayRate, Patterns, Positive
+from tf_effopt.linalg import trust_ratio
+from tf_effopt.paths import matches
+from tf_effopt.rules import Part, Slots
+
+
+def lamb_rule(
+    g,
+    slots,
+    *,
+    t,
+    w,
+    learning_rate,
+    beta_1,
+    beta_2,
+    epsilon,
+    weight_decay,
+    adapts,
+):
+    """Returns LAMB's change to one tensor, and its next moments.
+
+    Args:
+        g: gradient, of any shape `S`.
+        slots: tensors of shape `S`: `m`, the decayed mean of `g`; `v`, that of
+            `g**2`.
+        t: scalar, the number of this update, from 1.
+        w: the weight, of shape `S`.
+        learning_rate: scalar: about the share of the weight's norm that it
+            moves in one update.
+        beta_1, beta_2: share of `m` and of `v` kept per update, in [0, 1).
+        epsilon: above 0, in the units of `g`.
+        weight_decay: scalar, added to the step times `w`, inside the ratio.
+        adapts: whether the step is scaled by the trust ratio.
+
+    Returns:
+        `(delta, slots)`: what to add to the weight, and the next slots.
+    """
+    m = beta_1 * slots["m"] + (1 - beta_1) * g
+    v = beta_2 * slots["v"] + (1 - beta_2) * ops.square(g)
+    m_hat = m / (1 - beta_1**t)
+    v_hat = v / (1 - beta_2**t)
+    r = m_hat / (ops.sqrt(v_hat) + epsilon) + weight_decay * w
+    phi = trust_ratio(w, r) if adapts else 1
+    return -learning_rate * phi * r, {"m": m, "v": v}
+
+
+class Lamb(Optimizer):
+    """LAMB: Adam whose step is a share of each tensor's own norm.
+
+    The variant is the paper's Algorithm 2: the weight decay stands inside the
+    trust ratio, and the ratio isn't clipped. (Keras's Lamb decays apart from
+    the ratio: with decay the two differ, without they are equal.) `epsilon` is
+    added to the bias-corrected root. The ratio is 1 where a norm is 0.
+
+    Keeps 2 values per parameter. Takes `keras.optimizers.Lamb`'s arguments and
+    loads its state.
+
+    When not to use it: with batches of less than some thousand examples,
+    `AdamW` is as good and has one norm less to compute.
+
+    Reference: You et al., 2020, https://arxiv.org/abs/1904.00962
+
+    Args:
+        learning_rate: float of at least 0, schedule or callable.
+        beta_1: float in [0, 1), share of the first moment kept per update.
+        beta_2: float in [0, 1), share of the second moment kept per update.
+        epsilon: float above 0. Keras's default is 1e-7, the authors' 1e-6.
+        exclude_from_adaptation: list of regular expressions: variables whose
+            path has a match anywhere take Adam's step, without the ratio; the
+            authors exclude `["bias", "norm"]`. To take them out of the decay,
+            too, call `exclude_from_weight_decay`.
+        **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`. Here
+            `weight_decay` is part of the rule.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+
+    >>> import keras, tf_effopt
+    >>> w = keras.Variable([3.0, 4.0])
+    >>> optimizer = tf_effopt.Lamb(learning_rate=0.1)
+    >>> optimizer.apply([keras.ops.convert_to_tensor([2.0, -2.0])], [w])
+    >>> [round(x, 4) for x in w.numpy().tolist()]  # moved by 0.1 * norm(w)
+    [2.6464, 4.3536]
+    """
+
+    slots = Slots(m="momentum", v="velocity")
+    elementwise = False
+    beta_1 = DecayRate()
+    beta_2 = DecayRate()
+    epsilon = Positive()
+    exclude_from_adaptation = Patterns()
+    adapted = Part(lamb_rule, slots, settings={"adapts": True}, name="lamb")
+    excluded = Part(lamb_rule, slots, settings={"adapts": False}, name="adam")
+
+    def __init__(
+        self,
+        learning_rate=0.001,
+        beta_1=0.9,
+        beta_2=0.999,
+        epsilon=1e-7,
+        exclude_from_adaptation=(),
+        **kwargs,
+    ):
+        super().__init__(learning_rate, **kwargs)
+        self.beta_1 = beta_1
+        self.beta_2 = beta_2
+        self.epsilon = epsilon
+        self.exclude_from_adaptation = exclude_from_adaptation
+
+    def part(self, path, shape):
+        excluded = matches(self.exclude_from_adaptation, path)
+        return self.excluded if excluded else self.adapted

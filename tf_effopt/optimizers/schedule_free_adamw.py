@@ -1,0 +1,174 @@
+"""Schedule-Free AdamW, from Defazio et al., "The Road Less Scheduled", 2024.
+
+https://arxiv.org/abs/2405.15682
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from keras import ops
+
+from tf_effopt.base import Optimizer
+from tf_effopt.hyperparameters import Count, DecayRate, Positive
+from tf_effopt.rules import Evaluation, ModelRule, Slot, Slots
+
+
+def schedule_free_average(sums, slots, *, t, learning_rate, warmup_steps):
+    """Returns the share `c` of `z` in the average `x`, and the warm-up's factor.
+
+    Args:
+        slots: scalars: `lr_max`, the largest learning rate so far; `weight_sum`,
+            the sum of its squares over all updates.
+        t: scalar, the number of this update, from 1.
+        learning_rate: scalar.
+        warmup_steps: None, or over how many updates the rate rises to its value.
+    """
+    warmup = 1 + 0 * t
+    if warmup_steps is not None:
+        warmup = ops.minimum(t / warmup_steps, warmup)
+    lr_max = ops.maximum(slots["lr_max"], learning_rate * warmup)
+    weight_sum = slots["weight_sum"] + ops.square(lr_max)
+    c = ops.square(lr_max) / ops.where(weight_sum > 0, weight_sum, 1 + 0 * t)
+    return {"c": c, "warmup": warmup}, {"lr_max": lr_max, "weight_sum": weight_sum}
+
+
+def schedule_free_rule(
+    g,
+    slots,
+    *,
+    t,
+    w,
+    learning_rate,
+    beta_1,
+    beta_2,
+    epsilon,
+    weight_decay,
+    c,
+    warmup,
+):
+    """Returns the change to the weights `y` at which gradients are taken.
+
+    Args:
+        g: gradient at `y`, of any shape `S`.
+        slots: tensors of shape `S`: `z`, the weights that plain steps make; `v`,
+            the decayed mean of `g**2`.
+        t: scalar, the number of this update, from 1.
+        w: `y`, of shape `S`, which lies between `z` and the average `x`.
+        learning_rate: scalar.
+        beta_1: where `y` lies: this share of the way from `z` to `x`.
+        beta_2: share of `v` kept per update, in [0, 1).
+        epsilon: above 0, in the units of `g`.
+        weight_decay: scalar, of `y`.
+        c, warmup: scalars, see `schedule_free_average`.
+
+    Returns:
+        `(delta, slots)`: what to add to `y`, and the next slots.
+    """
+    eta, y, z = learning_rate * warmup, w, slots["z"]
+    v = beta_2 * slots["v"] + (1 - beta_2) * ops.square(g)
+    u = g / (ops.sqrt(v / (1 - beta_2**t)) + epsilon) + weight_decay * y
+    delta = c * (z - y) + eta * (beta_1 * (1 - c) - 1) * u
+    return delta, {"z": z - eta * u, "v": v}
+
+
+def average(w, slots, *, beta_1):
+    """Returns the average `x`, from `y = (1 - beta_1) * z + beta_1 * x`."""
+    return w + (w - slots["z"]) * ((1 - beta_1) / (beta_1 * 1))
+
+
+def interpolation(w, slots, *, beta_1):
+    """Returns `y`, from the average `x`."""
+    return w + (1 - beta_1) * (slots["z"] - w)
+
+
+class ScheduleFreeAdamW(Optimizer):
+    """Schedule-Free AdamW: AdamW that needs no learning-rate schedule.
+
+    Instead of lowering the learning rate it averages. Training is at `y`,
+    between `z`, the weights of plain steps, and their average `x`; evaluate and
+    use the model at `x`. One line does it in `fit`, for validation, prediction
+    and checkpoints:
+
+        model.fit(..., callbacks=[tf_effopt.callbacks.EvaluationWeights()])
+
+    Without it, `x` is in place after `fit`, and validation in `fit` was at `y`.
+    In a loop of your own call `optimizer.use_evaluation_weights()` and
+    `optimizer.use_training_weights()`.
+
+    The variant is the authors' code: averages weighted by the square of the
+    largest learning rate so far, decay at `y`, bias-corrected `v`. (Keras's
+    loses the weights in `fit`, and never evaluates at `x`.)
+
+    Keeps 2 values per parameter, and 3 in all. Takes
+    `keras.optimizers.ScheduleFreeAdamW`'s arguments, and converts the state it
+    saved.
+
+    When not to use it: with a learning-rate schedule. Statistics of
+    `BatchNormalization` are those of `y`: run some batches at `x` in training
+    mode before you evaluate.
+
+    Reference: Defazio et al., 2024, https://arxiv.org/abs/2405.15682
+
+    Args:
+        learning_rate: float of at least 0; 1 to 10 times that of `AdamW`.
+        beta_1: float in (0, 1), where between `z` and `x` gradients are taken.
+        beta_2: float in [0, 1), share of the second moment kept per update.
+        epsilon: float above 0.
+        warmup_steps: int of at least 0, updates in which the learning rate
+            rises from 0.
+        **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`. Here
+            `weight_decay` is part of the rule.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+
+    >>> import keras, tf_effopt
+    >>> w = keras.Variable([1.0])
+    >>> optimizer = tf_effopt.ScheduleFreeAdamW(learning_rate=0.1, beta_1=0.5)
+    >>> for _ in range(2):
+    ...     optimizer.apply([keras.ops.convert_to_tensor([1.0])], [w])
+    >>> round(float(w.numpy()[0]), 3)  # at y
+    0.825
+    >>> optimizer.use_evaluation_weights()
+    >>> round(float(w.numpy()[0]), 3)  # x, the mean of z = 0.9 and 0.8
+    0.85
+    """
+
+    rule = staticmethod(schedule_free_rule)
+    slots = Slots(z=Slot("momentum", starts_at_weight=True), v="velocity")
+    model_rule = ModelRule(
+        schedule_free_average,
+        slots={"lr_max": ("largest_rate", 0.0), "weight_sum": ("weight_sum", 0.0)},
+    )
+    evaluation = Evaluation(average, interpolation)
+    beta_1 = DecayRate(allow_zero=False)
+    beta_2 = DecayRate()
+    epsilon = Positive()
+    warmup_steps = Count(low=1)
+
+    def __init__(
+        self,
+        learning_rate=0.0025,
+        beta_1=0.9,
+        beta_2=0.999,
+        epsilon=1e-8,
+        warmup_steps=0,
+        **kwargs,
+    ):
+        super().__init__(learning_rate, **kwargs)
+        self.beta_1 = beta_1
+        self.beta_2 = beta_2
+        self.epsilon = epsilon
+        self.warmup_steps = warmup_steps
+
+    def convert_keras_slots(self, saved, steps):
+        # Keras keeps no sums: it averages with equal weights, which is the same
+        # for a constant learning rate.
+        if len(saved) != 2 * len(self._trainable_variables):
+            return None
+        rate = float(self.learning_rate)
+        updates = steps // (self.gradient_accumulation_steps or 1)
+        numbers = (rate, updates * rate**2, 0.0)  # largest, sum, not at x
+        return saved + [np.array(x, "float32") for x in numbers]

@@ -1,0 +1,102 @@
+"""What an optimizer tells the engine: its rules, their slots, what they share.
+
+Most optimizers need none of these by name: a class attribute `rule` and a dict
+`slots` are a `Part` for all tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A tensor of state that a rule keeps beside each weight.
+
+    Args:
+        name: under which it is saved.
+        shape: None for the weight's shape, or a function from that shape, or
+            from that of its view, to the slot's.
+        starts_at_weight: whether it starts as a copy of the weight, not at 0.
+    """
+
+    name: str
+    shape: Callable[[Shape], Shape] | None = None
+    starts_at_weight: bool = False
+
+
+class Slots(dict[str, str | Slot]):
+    """Letter in a rule -> the name that is saved, or a `Slot`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The rule of some of the tensors.
+
+    Args:
+        rule: `(g, slots, *, ...) -> (delta, slots)`, a pure function.
+        slots: what the rule keeps; a tuple where Keras saves one group of
+            slots after the other.
+        settings: keyword arguments of the rule that are fixed for these
+            tensors.
+        name: for people: which of the optimizer's rules this is.
+    """
+
+    rule: Callable
+    slots: Slots | tuple[Slots, ...] = ()
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    name: str = ""
+
+    def groups(self) -> list[dict[str, Slot]]:
+        """The slots, group by group, each as a `Slot`."""
+        groups = self.slots if isinstance(self.slots, tuple) else (self.slots,)
+        return [
+            {k: Slot(x) if isinstance(x, str) else x for k, x in group.items()}
+            for group in groups
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRule:
+    """A rule for numbers that belong to the whole model, once per update.
+
+    Args:
+        rule: `(sums, slots, *, ...) -> (numbers, slots)`, a pure function of
+            scalars. The numbers are then keyword arguments of the tensors'
+            rule. Its own keyword-only arguments are `t`, `learning_rate`, and
+            hyper-parameters.
+        slots: letter in the rule -> `(name that is saved, start)`.
+        measure: None, or `(g, slots, *, ...) -> sums`, called for each tensor
+            before its rule, with what the rule may take and with `slots` of
+            both: the tensor's, and the model's as keyword arguments. `sums`
+            is a dict of scalars; `rule` gets their sums over all tensors.
+    """
+
+    rule: Callable
+    slots: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
+    measure: Callable | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """For rules that train at other weights than the model is to be used at.
+
+    Args:
+        to_evaluation: `(w, slots, *, ...) -> w`, from the weights of training to
+            those of evaluation, a pure function of one tensor.
+        to_training: the way back.
+    """
+
+    to_evaluation: Callable
+    to_training: Callable
+
+
+def slot_groups(parts: list[Part | None]) -> Iterator[list[dict[str, Slot]]]:
+    """Yields for each group of slots what each tensor has in it."""
+    groups = [[] if part is None else part.groups() for part in parts]
+    for i in range(max(map(len, groups), default=0)):
+        yield [own[i] if i < len(own) else {} for own in groups]

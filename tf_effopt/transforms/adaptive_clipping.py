@@ -1,0 +1,89 @@
+"""Adaptive gradient clipping, from Brock et al., "High-Performance Large-Scale
+Image Recognition Without Normalization", 2021.
+
+https://arxiv.org/abs/2102.06171
+"""
+
+from __future__ import annotations
+
+from keras import ops
+
+from tf_effopt.hyperparameters import Patterns, Positive
+from tf_effopt.paths import matches
+from tf_effopt.transforms.base import Transform
+
+
+def unit_norm(x):
+    """Returns the norm of each output unit of a kernel, of a vector as a whole.
+
+    Keras's kernels have their outputs last: `(inputs, outputs)`, `(height,
+    width, inputs, outputs)`; of three axes, `(inputs, heads, size)`, the last
+    two are outputs.
+    """
+    axes = {0: (), 1: (0,), 2: (0,), 3: (0,)}.get(len(x.shape), range(len(x.shape) - 1))
+    if not len(x.shape):
+        return ops.abs(x)
+    return ops.sqrt(ops.sum(ops.square(x), axis=tuple(axes), keepdims=True))
+
+
+def clip_by_unit(g, *, w, clipping, epsilon):
+    """Returns `g`, each unit's norm at most `clipping` times that of its weight.
+
+    Args:
+        g: gradient.
+        w: the weight, of the same shape.
+        clipping: scalar, the largest ratio of the two norms.
+        epsilon: scalar, the least norm of a weight that counts.
+    """
+    largest = clipping * ops.maximum(unit_norm(w), epsilon)
+    norm = unit_norm(g)
+    one = 1 + 0 * norm
+    return g * ops.where(norm > largest, largest / ops.maximum(norm, 1e-6 * one), one)
+
+
+class AdaptiveClipping(Transform):
+    """Clips each unit's gradient to a share of the norm of its weights.
+
+    The variant is the authors' code: per output unit, a bias as a whole.
+
+    Keeps no state; one more norm of weight and gradient.
+
+    When not to use it: on the classifier's last layer: exclude it, as the
+    authors do.
+
+    Reference: Brock et al., 2021, https://arxiv.org/abs/2102.06171
+
+    Args:
+        clipping: float above 0, the largest ratio of the gradient's norm to the
+            weight's; 0.01 for batches of some thousand, more for small ones.
+        epsilon: float above 0, the least norm of a weight that counts, so that
+            weights that start at 0 can leave it.
+        exclude: list of regular expressions: variables whose path has a match
+            anywhere aren't clipped.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+
+    >>> import keras, tf_effopt
+    >>> w = keras.Variable([[3.0], [4.0]])  # one unit, of norm 5
+    >>> clip = tf_effopt.transforms.AdaptiveClipping(0.1)
+    >>> optimizer = tf_effopt.SGD(1.0, transforms=[clip])
+    >>> optimizer.apply([keras.ops.convert_to_tensor([[10.0], [0.0]])], [w])
+    >>> w.numpy().tolist()
+    [[2.5], [4.0]]
+    """
+
+    before = staticmethod(clip_by_unit)
+    clipping = Positive()
+    epsilon = Positive()
+    exclude = Patterns()
+
+    def __init__(self, clipping=0.01, epsilon=1e-3, exclude=()):
+        self.clipping = clipping
+        self.epsilon = epsilon
+        self.exclude = exclude
+
+    def acts_on(self, path, shape):
+        return not matches(self.exclude, path)

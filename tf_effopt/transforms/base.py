@@ -1,0 +1,84 @@
+"""The base of what stands before or after a rule, whichever rule it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from tf_effopt.arguments import constructor_arguments
+from tf_effopt.rules import ModelRule
+
+
+class Transform:
+    """Base of the transforms of this package, and of your own.
+
+    A transform changes the gradient before the rule, its step after it, or
+    decides about a whole step. It runs inside the compiled update, in the
+    order of the list that an optimizer takes, after clipping:
+
+    >>> import keras, tf_effopt
+    >>> def halved(g):
+    ...     return g / 2
+    >>> class Half(tf_effopt.transforms.Transform):
+    ...     before = staticmethod(halved)
+    >>> w = keras.Variable([1.0])
+    >>> optimizer = tf_effopt.SGD(0.1, transforms=[Half()])
+    >>> optimizer.apply([keras.ops.convert_to_tensor([1.0])], [w])
+    >>> round(float(w.numpy()[0]), 6)
+    0.95
+
+    A subclass sets some of:
+
+    - `before`: `(g, *, ...) -> g`, a pure function of one tensor's gradient;
+    - `after`: `(delta, g, *, ...) -> delta`, of what the rule wants to add to
+      the weight, and of the gradient that the rule saw;
+    - `model_rule`: a `tf_effopt.rules.ModelRule`, for numbers of the whole model. If
+      its numbers include `skip`, set `decides = True`: a step for which it is
+      true changes no weight, slot, average or update count.
+
+    Keyword-only arguments come by name: hyper-parameters of the class, numbers
+    of its `model_rule`, `w`, `t`, `learning_rate`, and for `before` also `noise`: a
+    function of a seed that returns standard normal numbers, the same on each
+    replica. Write them with operators and `keras.ops`.
+    """
+
+    before: Callable | None = None
+    after: Callable | None = None
+    model_rule: ModelRule | None = None
+    decides = False
+    built = False
+    _engine: Any = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        package = cls.__module__.partition(".")[0]
+        keras.saving.register_keras_serializable(package)(cls)
+
+    def attach(self, engine: Any) -> None:
+        """Called when an optimizer with this transform is built."""
+        self._engine = engine
+        self.built = True
+
+    def acts_on(self, path: str, shape: tuple[int, ...]) -> bool:
+        """Whether `before` and `after` act on the variable of this path."""
+        return True
+
+    def slot(self, letter: str) -> float:
+        """The value of a slot of `model_rule` now; 0 before the first step."""
+        if not self.built:
+            return 0.0
+        return self._engine.model_slot(self, letter)
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, with their values now."""
+        return {name: getattr(self, name) for name in constructor_arguments(type(self))}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Transform:
+        return cls(**config)
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
+        return f"{type(self).__name__}({values})"
