@@ -276,7 +276,10 @@ def fit(
             epochs=left.stop,
             steps_per_epoch=len(data.train_images) // config.batch_size,
             validation_data=validation,
-            callbacks=[AfterEachEpoch(run, config.early_stopping)],
+            callbacks=[
+                tf_effopt.callbacks.EvaluationWeights(),
+                AfterEachEpoch(run, config.early_stopping),
+            ],
             shuffle=False,  # the data set does it
             # Without a terminal, a bar is a flood of control characters.
             verbose=1 if sys.stdout.isatty() else 2,

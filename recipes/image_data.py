@@ -122,7 +122,12 @@ def load(name: str, data_dir: str | None, image_size: int | None) -> ImageData:
 
 def find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     """Returns a set's builder, prepared; never waits for a dead network."""
-    if name == "digits":
+    if re.split("[:/]", name)[0] == "digits":
+        if name != "digits":
+            raise DatasetError(
+                f"The data set digits has no versions and configurations. Pass "
+                f"--dataset digits. Received: {name!r}"
+            )
         builder = Digits(data_dir=data_dir)
         if builder.is_prepared():
             return builder
@@ -130,7 +135,14 @@ def find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         return Digits(data_dir=data_dir)
     _check_known(name, data_dir)
     folders = [data_dir, None] if data_dir else [None]  # None: TFDS's default
-    builders = [tfds.builder(name, data_dir=folder) for folder in folders]
+    try:
+        builders = [tfds.builder(name, data_dir=folder) for folder in folders]
+    except (AssertionError, TypeError, ValueError) as error:
+        raise DatasetError(
+            f"{name!r} isn't a version or configuration of a data set: "
+            f"{_first_line(error)}. Expected: NAME, NAME/CONFIG or NAME:VERSION, as in "
+            "https://www.tensorflow.org/datasets/catalog/overview."
+        ) from error
     for builder in builders:
         if builder.is_prepared():
             return builder
@@ -146,7 +158,7 @@ def find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
 
 def _check_known(name: str, data_dir: str | None) -> None:
     base = re.split("[:/]", name)[0]
-    known = ["digits", *tfds.list_builders(with_community_datasets=False)]
+    known = sorted({"digits", *tfds.list_builders(with_community_datasets=False)})
     if base in known or (data_dir and base and (Path(data_dir) / base).is_dir()):
         return
     near = difflib.get_close_matches(base.lower().replace("-", "_"), known, n=3)

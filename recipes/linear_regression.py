@@ -730,7 +730,6 @@ def use_dtype(name: str) -> None:
 def write(metrics: dict, problem: Problem, config: Config) -> None:
     """Writes metrics.json and the two plots."""
     folder = config.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
     # JSON has no infinity: an overflowed loss becomes null.
     text = json.dumps(_without_infinities(metrics), indent=1)
     (folder / "metrics.json").write_text(text)
@@ -753,7 +752,9 @@ def parse(arguments: list[str] | None = None) -> Config:
             help=HELP[field.name],
         )
     config = Config(**vars(parser.parse_args(arguments)))
+    made = _make_folder(config.output_dir)
     for holds, expected in (
+        (made, f"--output-dir {config.output_dir} can't be made"),
         (config.steps >= 2, "--steps must be at least 2"),
         (config.seed >= 0, "--seed must be at least 0"),
         (config.learning_rate > 0, "--learning-rate must be above 0"),
@@ -764,8 +765,17 @@ def parse(arguments: list[str] | None = None) -> Config:
         (config.dtype in BOUNDS, f"--dtype must be one of {', '.join(BOUNDS)}"),
     ):
         if not holds:
-            parser.error(f"{expected}. Received: {config}")
+            parser.error(f"{expected}. Received: {' '.join(arguments or sys.argv[1:])}")
     return config
+
+
+def _make_folder(folder: Path) -> bool:
+    """Makes a folder before the work whose results go there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return True
 
 
 def _versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -191,33 +192,33 @@ def _optax_rule(case: Case) -> Any:
 
     c, eta = case.config, case.config["learning_rate"]
 
-    def sgd() -> Any:
-        return optax.sgd(eta, c.get("momentum") or None, c.get("nesterov", False))
-
-    def rmsprop() -> Any:
-        momentum = c["momentum"] or None
-        return optax.rmsprop(
+    momentum = c.get("momentum") or None
+    betas = {"b1": c.get("beta_1"), "b2": c.get("beta_2")}
+    moments = {**betas, "eps": c.get("epsilon")}
+    decay = {"weight_decay": c["weight_decay"] or 0.0}
+    contrib = optax.contrib
+    rules: dict[str, Callable[[], Any]] = {
+        "GradientDescent": lambda: optax.sgd(eta),
+        "SGD": lambda: optax.sgd(eta, momentum, c["nesterov"]),
+        "RMSprop": lambda: optax.rmsprop(
             eta, c["rho"], c["epsilon"], centered=c["centered"], momentum=momentum
-        )
-
-    def adam() -> Any:
-        return optax.adam(eta, c["beta_1"], c["beta_2"], c["epsilon"])
-
-    def adamw() -> Any:
-        return optax.adamw(
+        ),
+        "Adam": lambda: optax.adam(eta, **moments),
+        "AdamW": lambda: optax.adamw(eta, **moments, **decay),
+        "Lion": lambda: optax.lion(eta, **betas, **decay),
+        "RAdam": lambda: optax.radam(eta, **moments),
+        "Nadam": lambda: optax.nadam(eta, **moments),
+        "Lamb": lambda: optax.lamb(eta, **moments, **decay),
+        "Lars": lambda: optax.lars(
             eta,
-            c["beta_1"],
-            c["beta_2"],
-            c["epsilon"],
-            weight_decay=c["weight_decay"],
-        )
-
-    rules = {
-        "GradientDescent": sgd,
-        "SGD": sgd,
-        "RMSprop": rmsprop,
-        "Adam": adam,
-        "AdamW": adamw,
+            **decay,
+            trust_coefficient=c["trust_coefficient"],
+            momentum=momentum,
+            nesterov=c["nesterov"],
+        ),
+        "Adafactor": lambda: optax.adafactor(eta, min_dim_size_to_factor=2),
+        "Prodigy": lambda: contrib.prodigy(eta, betas=tuple(betas.values()), **decay),
+        "ScheduleFreeAdamW": lambda: contrib.schedule_free_adamw(eta, **moments),
     }
     if case.rule not in rules or c["lazy"]:
         raise NoSuchRule
@@ -262,7 +263,11 @@ class OptaxUpdate:
         self.step = jax.jit(step, donate_argnums=(0, 1, 2))
 
     def build(self) -> None:
-        self.state = self.rule.init(self.weights)
+        import jax
+
+        # A copy: a state that starts at the weights can't be donated with them.
+        state = self.rule.init(self.weights)
+        self.state = jax.tree.map(lambda x: x.copy(), state)
 
     def __call__(self) -> None:
         import jax
@@ -306,6 +311,12 @@ def _torch_optimizer(case: Case, weights: list[Any]) -> Any:
             rules["Adam"] = torch.optim.Adam, settings
             decay = {"weight_decay": c["weight_decay"]}
             rules["AdamW"] = torch.optim.AdamW, settings | decay
+    elif case.rule in ("RAdam", "Nadam"):
+        settings = {"betas": (c["beta_1"], c["beta_2"]), "eps": c["epsilon"]}
+        theirs = {"RAdam": torch.optim.RAdam, "Nadam": torch.optim.NAdam}
+        rules[case.rule] = theirs[case.rule], settings | {"foreach": True}
+    elif case.rule == "Adafactor":
+        rules["Adafactor"] = torch.optim.Adafactor, {"foreach": True}
     if case.rule not in rules:
         raise NoSuchRule
     optimizer, settings = rules[case.rule]

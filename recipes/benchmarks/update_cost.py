@@ -349,6 +349,10 @@ def parse_arguments(argv: list[str] | None, names: list[str]) -> argparse.Namesp
         )
     if arguments.quick:
         arguments.repeats = min(arguments.repeats, 3)
+    try:  # Now, not after an hour of measuring.
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output-dir {arguments.output_dir} can't be made: {error}")
     return arguments
 
 
@@ -390,7 +394,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def write(results: dict[str, Any], directory: pathlib.Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
     titles = {name: w.title for name, w in all_workloads().items()}
     results["goals"] = report.check_goals(results["results"])
     (directory / "update_cost.json").write_text(json.dumps(results, indent=1) + "\n")
