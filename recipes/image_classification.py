@@ -15,22 +15,22 @@ the same bits: after each epoch one file, checkpoint.npz, holds all there is.
 `python tests/resume_kills.py --kills 20` checks it.
 
 Measured: Python 3.11, TensorFlow 2.21.0 (tensorflow-cpu), Keras 3.15.1,
-TensorFlow Datasets 4.9.10; 2 CPU cores (AMD EPYC, no AVX-512), shared with other
-work, so that seconds are upper bounds. Accuracy is that of the last epoch's
-weights on images that weren't trained on: digits' 360, Fashion-MNIST's test split
-of 10,000, whose result chose neither an epoch nor anything else in a run.
+TensorFlow Datasets 4.9.10; 2 CPU cores (AMD EPYC with AVX-512 and bfloat16).
+Accuracy is that of the last epoch's weights on images that weren't trained on:
+digits' 360, Fashion-MNIST's test split of 10,000, whose result chose neither an
+epoch nor anything else in a run.
 
     data set       model   precision       strategy  n  accuracy, mean [range]  seconds
-    digits         mlp     float32         none      3  98.43 % [98.33, 98.61]  12-15
-    digits         cnn     float32         none      3  99.07 % [98.89, 99.17]  20-24
-    digits         resnet  float32         none      3  99.91 % [99.72, 100.0]  45-49
-    fashion_mnist  cnn     float32         none      1  91.77 %                 150
-    fashion_mnist  cnn     mixed_float16   none      1  91.86 %                 295
-    fashion_mnist  cnn     float32         mirrored  1  91.96 %                 543
-    fashion_mnist  cnn     mixed_bfloat16  none      1  91.77 %                 904
+    digits         mlp     float32         none      3  98.43 % [98.33, 98.61]  3-4
+    digits         cnn     float32         none      3  98.89 % [98.61, 99.17]  5-6
+    digits         resnet  float32         none      3  99.91 % [99.72, 100.0]  9-12
+    fashion_mnist  cnn     float32         none      1  91.89 %                 51
+    fashion_mnist  cnn     mixed_float16   none      1  91.90 %                 148
+    fashion_mnist  cnn     float32         mirrored  1  91.93 %                 63
+    fashion_mnist  cnn     mixed_bfloat16  none      1  91.75 %                 41
 
 by `--dataset`, `--model`, `--precision` and `--strategy` as in the line (seeds 0, 1
-and 2 where n is 3, else 0), all else by default. The CPU has no bfloat16 of its own.
+and 2 where n is 3, else 0), all else by default.
 """
 
 from __future__ import annotations

@@ -57,7 +57,6 @@ def test_a_step_is_one_compiled_program(case, options):
         "AssignAddVariableOp",
         "Cast",
         "Const",
-        "EnsureShape",
         "LogicalNot",
         "NoOp",
         "Placeholder",

@@ -10,7 +10,7 @@ with donated buffers, and `torch.optim` with `fused=True`. Install them with
 `pip install .[cpu,benchmarks]`; what is missing is left out.
 
 Each framework has a process of its own with its default threads. All libraries
-take turns, A-B-C-A-B-C, so that a busy moment of the machine hits all alike. A
+take turns, A-B-C-B-C-A, so that a busy moment of the machine hits all alike. A
 sample is one update, or the mean of as many as take 20 ms; with gradient
 accumulation it is the mean over full cycles of calls. The first call makes the
 state, traces, compiles and runs.
@@ -209,7 +209,9 @@ def measure_case(
     bandwidths = []
     for turn in range(1 + repeats):
         bandwidths.append(copy.gigabytes_per_second())
-        for competitor in competitors:
+        # Another one comes first each time: caches are not as the last one left them.
+        first = turn % len(competitors)
+        for competitor in competitors[first:] + competitors[:first]:
             entry = measured[competitor.name]
             if "error" not in entry:
                 worker = workers[competitor.framework]

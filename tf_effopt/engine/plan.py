@@ -172,6 +172,7 @@ class Arguments:
         self.t = t
         self.numbers: dict[int, dict[str, Any]] = {}  # owner -> name -> number
         self._cached: dict[tuple[int, str], dict[str, Any]] = {}
+        self._zeros: dict[str, Any] = {}
 
     def of(self, owner: int, dtype: str) -> dict[str, Any]:
         """Name -> what a function of `owner` on tensors of `dtype` receives."""
@@ -193,6 +194,11 @@ class Arguments:
     def number(self, owner: int, name: str, dtype: str) -> Any:
         return self.of(owner, dtype)[name]
 
+    def _zero(self, dtype: str) -> Any:
+        if dtype not in self._zeros:  # One for all variables of a model.
+            self._zeros[dtype] = ops.zeros((), dtype)
+        return self._zeros[dtype]
+
     def for_variable(self, v: TrainedVariable, owner: int = OPTIMIZER) -> dict:
         """As `of`, with the learning rate and the decay of one variable."""
         arguments = dict(self.of(owner, v.compute_dtype))
@@ -202,7 +208,7 @@ class Arguments:
             )
             arguments["learning_rate"] = arguments["learning_rate"] * multiplier
         if v.decay_owner is None:
-            arguments["weight_decay"] = ops.zeros((), v.compute_dtype)
+            arguments["weight_decay"] = self._zero(v.compute_dtype)
         else:
             arguments["weight_decay"] = self.number(
                 v.decay_owner, "weight_decay", v.compute_dtype

@@ -135,7 +135,9 @@ class TensorFlowEngine(Engine):
         """A gradient as it is to be reduced: dense, or rows if asked for."""
         shape = self.variables[index].shape
         if not is_sparse(gradient):
-            return tf.ensure_shape(gradient, shape)
+            gradient = tf.convert_to_tensor(gradient)
+            is_known = gradient.shape.is_fully_defined()
+            return gradient if is_known else tf.ensure_shape(gradient, shape)
         if self.optimizer.lazy:
             values = tf.convert_to_tensor(gradient.values)
             return tf.IndexedSlices(values, tf.cast(gradient.indices, "int32"))
