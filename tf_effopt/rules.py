@@ -19,8 +19,8 @@ class Slot:
 
     Args:
         name: under which it is saved.
-        shape: None for the weight's shape, or a function from that shape, or
-            from that of its view, to the slot's.
+        shape: None for the weight's shape, or a function from that shape to
+            the slot's.
         starts_at_weight: whether it starts as a copy of the weight, not at 0.
     """
 

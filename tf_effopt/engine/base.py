@@ -35,8 +35,8 @@ class Engine:
             `compensation`. None for a variable that isn't trained by a rule.
         model_state: owner -> letter -> Keras variable: the slots of rules for
             the whole model.
-        owners: whose hyper-parameters there are: the optimizer, its
-            transforms, its groups.
+        owners: whose hyper-parameters there are: the optimizer and its
+            transforms.
     """
 
     def __init__(self, optimizer: Any):
@@ -143,8 +143,12 @@ class Engine:
 
     def model_slot(self, owner: Any, letter: str) -> float:
         """The value now of a slot of a rule for the whole model."""
-        number = next(i for i, x in enumerate(self.owners) if x is owner)
-        return float(ops.convert_to_numpy(self.model_state[number][letter]))
+        slots = self.model_state[self.number_of(owner)]
+        return float(ops.convert_to_numpy(slots[letter]))
+
+    def number_of(self, owner: Any) -> int:
+        """The place of an owner among `owners`."""
+        return next(i for i, x in enumerate(self.owners) if x is owner)
 
     def switch(self, to_evaluation: bool) -> None:
         """Puts in place the weights to evaluate at, or those to train at."""
@@ -207,7 +211,7 @@ def make_plan(
         used[name] = not kind.is_off(value)
         if used[name]:
             numbers[OPTIMIZER, name] = kind
-    variables = _describe(optimizer, state, binder, used["weight_decay"], numbers)
+    variables = _describe(optimizer, state, binder, used["weight_decay"])
     bound_model = binder.bind_model(model)
     transforms = tuple(
         _bind_transform(transform, number, numbers)
@@ -233,7 +237,6 @@ def _describe(
     state: list[dict | None],
     binder: Binder,
     has_decay: bool,
-    numbers: dict[tuple[int, str], Any],
 ) -> list[TrainedVariable | None]:
     rules: dict[int, Any] = {}  # one bound rule for all variables of a part
     variables: list[TrainedVariable | None] = []
@@ -262,7 +265,6 @@ def _describe(
                 # A rule that takes `weight_decay` does itself what the stage does.
                 decays=decays and "weight_decay" not in rule.names,
                 decay_owner=OPTIMIZER if decays else None,
-                rate_owner=None,
             )
         )
     return variables

@@ -24,7 +24,7 @@ STAGE_ARGUMENTS = (
     "loss_scale_factor",
 )
 EVALUATING = "evaluating"  # a slot of the model: 1 or 0
-OPTIMIZER = 0  # the first owner; the transforms and the groups come after it
+OPTIMIZER = 0  # the first owner; the transforms come after it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,7 @@ class TrainedVariable:
         rule: bound; the same object for variables that are trained alike.
         transforms: the owners of the transforms that act on it.
         decays: whether the stage of weight decay acts on it.
-        decay_owner, rate_owner: whose `weight_decay` counts for it, and whose
-            `learning_rate_multiplier`; None for none.
+        decay_owner: whose `weight_decay` counts for it; None for none.
     """
 
     index: int
@@ -93,7 +92,6 @@ class TrainedVariable:
     transforms: frozenset[int]
     decays: bool
     decay_owner: int | None
-    rate_owner: int | None
 
     @property
     def compute_dtype(self) -> str:
@@ -200,13 +198,8 @@ class Arguments:
         return self._zeros[dtype]
 
     def for_variable(self, v: TrainedVariable, owner: int = OPTIMIZER) -> dict:
-        """As `of`, with the learning rate and the decay of one variable."""
+        """As `of`, with the decay of one variable."""
         arguments = dict(self.of(owner, v.compute_dtype))
-        if v.rate_owner is not None:
-            multiplier = self.number(
-                v.rate_owner, "learning_rate_multiplier", v.compute_dtype
-            )
-            arguments["learning_rate"] = arguments["learning_rate"] * multiplier
         if v.decay_owner is None:
             arguments["weight_decay"] = self._zero(v.compute_dtype)
         else:
@@ -232,7 +225,7 @@ class Binder:
     """Finds, for the functions of one owner, where their arguments come from.
 
     Args:
-        owner: an optimizer, a transform or a group.
+        owner: an optimizer or a transform.
         number: of this owner.
         numbers: of the plan; those that the functions use are added.
         model: the owner's `ModelRule`, or None.

@@ -82,7 +82,7 @@ class TensorFlowEngine(Engine):
         )
 
     def set_hyperparameter(self, owner: Any, name: str, value: Any) -> None:
-        key = next(i for i, x in enumerate(self.owners) if x is owner), name
+        key = self.number_of(owner), name
         if key in self.plan.numbers:
             pairs = self._pairs.numpy()
             row = list(self.plan.numbers).index(key)
