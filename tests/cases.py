@@ -78,6 +78,7 @@ CASES = [
         learning_rate=0.01,
         relative_step=False,
     ),
+    _case("muon", "Muon", learning_rate=0.01),
     # Its rate is a factor of the estimate, which makes them those of the others.
     _case("prodigy", "Prodigy", learning_rate=1.0, initial_estimate=0.1),
     # Keras's keeps other tensors, and loses the weights in `fit`.

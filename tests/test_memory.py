@@ -23,6 +23,7 @@ KEPT = {
     "Lamb": (2, 0),
     "Lars": (1, 0),
     "Lion": (1, 0),
+    "Muon": (1, 0),
     "Nadam": (2, 1),
     "Prodigy": (4, 2),
     "RAdam": (2, 0),

@@ -17,6 +17,7 @@ except ImportError as error:
 
 from tf_effopt import callbacks, hyperparameters, rules, transforms
 from tf_effopt.base import Optimizer
+from tf_effopt.layer_roles import roles
 from tf_effopt.loss_scale import LossScaleOptimizer
 from tf_effopt.optimizers import (
     SGD,
@@ -27,6 +28,7 @@ from tf_effopt.optimizers import (
     Lamb,
     Lars,
     Lion,
+    Muon,
     Nadam,
     Prodigy,
     RAdam,
@@ -46,6 +48,7 @@ __all__ = [
     "Lars",
     "Lion",
     "LossScaleOptimizer",
+    "Muon",
     "Nadam",
     "Optimizer",
     "Prodigy",
@@ -54,6 +57,7 @@ __all__ = [
     "ScheduleFreeAdamW",
     "callbacks",
     "hyperparameters",
+    "roles",
     "rules",
     "transforms",
 ]

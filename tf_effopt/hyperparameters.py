@@ -161,6 +161,10 @@ def _as_float(value: Any) -> float | None:
         return None
 
 
+class Real(Number):
+    """Any number that is finite."""
+
+
 class Positive(Number):
     """Above 0."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -34,3 +35,9 @@ def same_path(one: str, other: str) -> bool:
     one, other = sorted((one, other), key=len)
     _, _, within_model = other.partition("/")
     return one == other or ("/" in one and one == within_model)
+
+
+def closest(path: str, paths: Iterable[str]) -> str:
+    """`; near are ...`, for an error about a path that isn't there."""
+    near = difflib.get_close_matches(path, list(paths), n=3, cutoff=0.3)
+    return f"; near are {', '.join(map(repr, near))}" if near else ""

@@ -34,6 +34,24 @@ class Slots(dict[str, str | Slot]):
 
 
 @dataclasses.dataclass(frozen=True)
+class Matrices:
+    """How a tensor is looked at as matrices of shape `(inputs, outputs)`.
+
+    Axes that are neither count the matrices: each is one of its own.
+
+    Args:
+        inputs, outputs: the axes whose product is the rows, and the columns.
+        split: the shape that the tensor is brought to first, if its own axes
+            hold several matrices side by side; `inputs` and `outputs` are
+            axes of it.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    split: Shape | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Part:
     """The rule of some of the tensors.
 
@@ -43,12 +61,19 @@ class Part:
             slots after the other.
         settings: keyword arguments of the rule that are fixed for these
             tensors.
+        matrices: for a rule of matrices: how these tensors are looked at. The
+            rule gets all tensors of a shape at once, `(n, inputs, outputs)`:
+            it works on the last two axes. So do its slots, if they have the
+            weight's shape; of others, the first axis counts the matrices.
+        weight_decay: the hyper-parameter that decays these tensors.
         name: for people: which of the optimizer's rules this is.
     """
 
     rule: Callable
     slots: Slots | tuple[Slots, ...] = ()
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    matrices: Matrices | None = None
+    weight_decay: str = "weight_decay"
     name: str = ""
 
     def groups(self) -> list[dict[str, Slot]]:

@@ -217,6 +217,9 @@ def _optax_rule(case: Case) -> Any:
             nesterov=c["nesterov"],
         ),
         "Adafactor": lambda: optax.adafactor(eta, min_dim_size_to_factor=2),
+        "Muon": lambda: contrib.muon(
+            eta, beta=momentum, consistent_rms=c["rms_rate"], **decay
+        ),
         "Prodigy": lambda: contrib.prodigy(eta, betas=tuple(betas.values()), **decay),
         "ScheduleFreeAdamW": lambda: contrib.schedule_free_adamw(eta, **moments),
     }

@@ -49,6 +49,7 @@ GOALS = (
     Goal("adam", 1, "Keras XLA"),
     Goal("adam", 1 / 1.1, "optax jit"),
     Goal("adam", 1, "torch fused"),
+    Goal("muon", 2, "Keras graph", workload="matrices"),
     Goal("adam_lazy", 100, "Keras graph", workload="embedding"),
 )
 FIRST_CALL_SECONDS = 6.0

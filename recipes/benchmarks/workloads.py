@@ -100,11 +100,20 @@ def transformer(
     return [(vocabulary, width), (context, width), *(layer * layers), *norm]
 
 
+def hidden_matrices(layers: int = 12, width: int = 768) -> list[Shape]:
+    """A Transformer's, each of attention's projections by itself: 72, 84.9 M."""
+    wide = (width, 4 * width)
+    return [*[(width, width)] * 4, wide, wide[::-1]] * layers
+
+
 def all_workloads() -> dict[str, Workload]:
     """Name -> workload."""
     workloads = [
         Workload("resnet50", "ResNet-50", tuple(resnet50())),
         Workload("transformer", "GPT-2 small", tuple(transformer())),
+        Workload(
+            "matrices", "Hidden matrices of GPT-2 small", tuple(hidden_matrices())
+        ),
         Workload("one_tensor", "One tensor of 100 M", ((10_000, 10_000),)),
         Workload(
             "embedding",

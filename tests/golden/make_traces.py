@@ -312,10 +312,26 @@ def adafactor(trace, problem):
     return torch_run(trace, problem, slots)
 
 
+def muon_run(trace: Trace, problem: Problem, in_groups: bool = False) -> Run:
+    """Theirs have outputs as rows, ours `(inputs, outputs)`; the momentum as a sum."""
+    turned = Problem(
+        [w.T for w in problem.weights],
+        [g.swapaxes(1, 2) for g in problem.gradients],
+        problem.rates,
+    )
+    slots = {"momentum": "momentum_buffer"}
+    run = torch_run(trace, turned, slots, in_groups=in_groups)
+    sums = 1 / (1 - trace.settings["momentum"])
+    return Run(
+        after=[[w.T for w in step] for step in run.after],
+        slots=[{"momentum": sums * slot["momentum"].T} for slot in run.slots],
+    )
+
+
 def muon_torch(trace, problem):
     """In float64: the cast to bfloat16 is lifted, but for its being a copy."""
     with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
-        return torch_run(trace, problem, {"momentum": "momentum_buffer"})
+        return muon_run(trace, problem)
 
 
 def muon_pytorch_optimizer(trace, problem):
@@ -324,13 +340,11 @@ def muon_pytorch_optimizer(trace, problem):
     function = functools.partial(
         base.zero_power_via_newton_schulz_5,
         dtype=torch.float64,
-        eps=trace.settings["ns_epsilon"],
+        eps=1e-30,
         safety_factor=1.02,
     )
     with mock.patch.object(base, "zero_power_via_newton_schulz_5", function):
-        return torch_run(
-            trace, problem, {"momentum": "momentum_buffer"}, in_groups=True
-        )
+        return muon_run(trace, problem, in_groups=True)
 
 
 def soap(trace, problem):

@@ -357,13 +357,11 @@ TRACES = [
             "momentum": 0.95,
             "nesterov": True,
             "scale": "original",
-            "coefficients": "jordan",
-            "ns_epsilon": 1e-30,
+            "iteration": "newton_schulz",
         },
-        "float64, the cast to bfloat16 lifted. Rows are outputs: transpose for "
-        "kernels (inputs, outputs). Their epsilon bounds the norm, Jordan's is "
-        "added to it: made too small to see. The decay is times the learning rate "
-        "alone.",
+        "float64, the cast to bfloat16 lifted. Theirs have outputs as rows, and the "
+        "momentum is a mean: here transposed, and as a sum. The decay is times the "
+        "learning rate alone.",
         shapes=MATRICES,
     ),
     Trace(
@@ -384,8 +382,7 @@ TRACES = [
             "momentum": 0.9,
             "nesterov": False,
             "scale": "match_rms_adamw",
-            "coefficients": "jordan",
-            "ns_epsilon": 1e-30,
+            "iteration": "newton_schulz",
         },
         "As `muon`; 0.2 * sqrt(max(rows, columns)).",
         shapes=MATRICES,
@@ -415,8 +412,7 @@ TRACES = [
             "momentum": 0.95,
             "nesterov": True,
             "scale": "original",
-            "coefficients": "polar_express",
-            "ns_epsilon": 1e-30,
+            "iteration": "polar_express",
         },
         "As `muon`; with the table for five steps and the divisor 1.02 * norm. "
         "(Their own table of that name is for eight steps: cut at five it ends "

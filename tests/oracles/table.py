@@ -20,6 +20,7 @@ RULES = {
     "Lamb": lamb,
     "Lars": lars,
     "Lion": lion,
+    "Muon": muon,
     "Nadam": nadam,
     "Prodigy": prodigy,
     "RAdam": radam,
@@ -28,10 +29,10 @@ RULES = {
     "ScheduleFreeAdamW": schedule_free_adamw,
 }
 # No optimizer of the package has them yet.
-UNUSED_RULES = {"Muon": muon, "SOAP": soap}
+UNUSED_RULES = {"SOAP": soap}
 # Their rules take lists over the tensors.
 OF_ALL_TENSORS = {"Prodigy", "ScheduleFreeAdamW"}
 # Their rules do their own weight decay.
-DECAY_INSIDE = {"Lamb", "Lars", "Prodigy", "SOAP", "ScheduleFreeAdamW"}
+DECAY_INSIDE = {"Lamb", "Lars", "Muon", "Prodigy", "SOAP", "ScheduleFreeAdamW"}
 # Where the settings don't say, and it isn't 0.
 DEFAULT_DECAY = {"AdamW": 0.004}

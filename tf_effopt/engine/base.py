@@ -211,7 +211,7 @@ def make_plan(
         used[name] = not kind.is_off(value)
         if used[name]:
             numbers[OPTIMIZER, name] = kind
-    variables = _describe(optimizer, state, binder, used["weight_decay"])
+    variables = _describe(optimizer, state, binder)
     bound_model = binder.bind_model(model)
     transforms = tuple(
         _bind_transform(transform, number, numbers)
@@ -236,9 +236,8 @@ def _describe(
     optimizer: Any,
     state: list[dict | None],
     binder: Binder,
-    has_decay: bool,
 ) -> list[TrainedVariable | None]:
-    rules: dict[int, Any] = {}  # one bound rule for all variables of a part
+    rules: dict[int, Any] = {}  # one bound rule for all that are trained alike
     variables: list[TrainedVariable | None] = []
     for i, tensors in enumerate(state):
         if tensors is None:
@@ -246,10 +245,15 @@ def _describe(
             continue
         part = tensors.pop("part")
         if id(part) not in rules:
-            rules[id(part)] = binder.bind(part.rule, part.settings)
+            rule = binder.bind(part.rule, part.settings)
+            rules[id(part)] = next((r for r in rules.values() if r == rule), rule)
         rule = rules[id(part)]
         weight = tensors["weight"]
-        decays = has_decay and optimizer._decays(weight, i)
+        kind = getattr(type(optimizer), part.weight_decay)
+        decays = not kind.is_off(getattr(optimizer, part.weight_decay))
+        decays = decays and optimizer._decays(weight, i)
+        if decays:
+            binder.numbers[OPTIMIZER, part.weight_decay] = kind
         variables.append(
             TrainedVariable(
                 index=i,
@@ -264,7 +268,8 @@ def _describe(
                 ),
                 # A rule that takes `weight_decay` does itself what the stage does.
                 decays=decays and "weight_decay" not in rule.names,
-                decay_owner=OPTIMIZER if decays else None,
+                decay=(OPTIMIZER, part.weight_decay) if decays else None,
+                matrices=part.matrices,
             )
         )
     return variables

@@ -6,6 +6,8 @@ an import under a newer Keras, looks at.
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 
 # On `keras.optimizers.Optimizer` and its instances.
@@ -27,6 +29,20 @@ OPTIMIZER_INSTANCE = (
 # Set by `build`, read by `keras.callbacks.SwapEMAWeights` and by Keras's
 # checkpoints under these names.
 STATE = ("_model_variables_moving_average", "_accumulated_gradients")
+# On layers, and on the tensors of a functional model.
+LAYER = ("_flatten_layers",)
+TENSOR = ("_keras_history",)
+
+
+def sublayers(model: keras.Model) -> list[keras.layers.Layer]:
+    """A model and all layers in it, however deep."""
+    return model._flatten_layers()
+
+
+def own_history(tensor: Any) -> tuple[Any, list[Any]]:
+    """The operation that made a functional model's tensor, and its inputs."""
+    operation, node_index, _ = tensor._keras_history
+    return operation, operation._inbound_nodes[node_index].input_tensors
 
 
 def missing() -> list[str]:
@@ -42,4 +58,6 @@ def missing() -> list[str]:
     averaged = cls(learning_rate=0.1, use_ema=True, gradient_accumulation_steps=2)
     averaged.build([keras.Variable([0.0])])
     absent += [f"Optimizer().{name}" for name in STATE if not hasattr(averaged, name)]
-    return absent
+    absent += [f"Layer.{x}" for x in LAYER if not hasattr(keras.layers.Layer, x)]
+    tensor = keras.Input((1,))
+    return absent + [f"KerasTensor.{x}" for x in TENSOR if not hasattr(tensor, x)]

@@ -11,7 +11,7 @@ from keras import ops
 
 from tf_effopt import precision
 from tf_effopt.hyperparameters import Number
-from tf_effopt.rules import Evaluation, ModelRule
+from tf_effopt.rules import Evaluation, Matrices, ModelRule
 
 # Arguments of a rule that aren't hyper-parameters of its class.
 STEP_ARGUMENTS = ("t", "learning_rate", "w", "noise")
@@ -81,7 +81,8 @@ class TrainedVariable:
         rule: bound; the same object for variables that are trained alike.
         transforms: the owners of the transforms that act on it.
         decays: whether the stage of weight decay acts on it.
-        decay_owner: whose `weight_decay` counts for it; None for none.
+        decay: (owner, name) of the number that decays it; None for none.
+        matrices: how the rule looks at it; None if as it is.
     """
 
     index: int
@@ -91,7 +92,8 @@ class TrainedVariable:
     rule: Bound
     transforms: frozenset[int]
     decays: bool
-    decay_owner: int | None
+    decay: tuple[int, str] | None
+    matrices: Matrices | None
 
     @property
     def compute_dtype(self) -> str:
@@ -200,12 +202,10 @@ class Arguments:
     def for_variable(self, v: TrainedVariable, owner: int = OPTIMIZER) -> dict:
         """As `of`, with the decay of one variable."""
         arguments = dict(self.of(owner, v.compute_dtype))
-        if v.decay_owner is None:
+        if v.decay is None:
             arguments["weight_decay"] = self._zero(v.compute_dtype)
         else:
-            arguments["weight_decay"] = self.number(
-                v.decay_owner, "weight_decay", v.compute_dtype
-            )
+            arguments["weight_decay"] = self.number(*v.decay, v.compute_dtype)
         return arguments
 
 

@@ -42,7 +42,7 @@ from tf_effopt.engine.gradients import (
 )
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.plan import OPTIMIZER, Arguments, Plan
-from tf_effopt.engine.updates import update_one
+from tf_effopt.engine.updates import updated
 
 
 @dataclasses.dataclass
@@ -124,10 +124,7 @@ def step(inputs: Inputs) -> tuple[list[dict], Outcome]:
         numbers, model = work.optimizer_numbers()
         arguments = Arguments(plan, scalars, inputs.t)
         arguments.numbers = work.arguments.numbers | {OPTIMIZER: numbers}
-        after = [
-            update_one(inputs, v, s, g, arguments)
-            for v, s, g in zip(inputs.variables, before, work.gradients, strict=True)
-        ]
+        after = updated(inputs, before, work.gradients, arguments)
         return after, model, mark * 0.0
 
     after, model, mark = ops.cond(proceed, update, lambda: (before, model_before, mark))

@@ -9,24 +9,48 @@ from keras import ops
 from tf_effopt import precision, random
 from tf_effopt.averaging import ema
 from tf_effopt.engine.inputs import Inputs, in_compute_dtype
+from tf_effopt.engine.matrices import matrix_steps
 from tf_effopt.engine.plan import EVALUATING, OPTIMIZER, Arguments, TrainedVariable
 from tf_effopt.engine.sparse import Rows
 
 
-def update_one(
-    inputs: Inputs, v: TrainedVariable, tensors: dict, g: Any, arguments: Arguments
-) -> dict:
-    """Stages 7 to 12 for one variable."""
+def updated(
+    inputs: Inputs, state: list[dict], gradients: list[Any], arguments: Arguments
+) -> list[dict]:
+    """Stages 7 to 12; returns the next state of each variable."""
     if inputs.plan.evaluation is not None:
-        tensors = tensors | {"weight": _at_training(inputs, v, tensors, arguments)}
+        state = [
+            tensors | {"weight": _at_training(inputs, v, tensors, arguments)}
+            for v, tensors in zip(inputs.variables, state, strict=True)
+        ]
+    steps = matrix_steps(inputs, state, gradients, arguments)
+    return [
+        _update_one(inputs, v, tensors, g, arguments, steps.get(i))
+        for i, (v, tensors, g) in enumerate(
+            zip(inputs.variables, state, gradients, strict=True)
+        )
+    ]
+
+
+def _update_one(
+    inputs: Inputs,
+    v: TrainedVariable,
+    tensors: dict,
+    g: Any,
+    arguments: Arguments,
+    step: tuple[Any, dict] | None,
+) -> dict:
+    """Stages 7 to 12 for one variable; `step` is its rule's, if known already."""
     after = dict(tensors)
     if isinstance(g, Rows):
         touched = {k: x for k, x in tensors.items() if k != "average"}
         rows = g.gather(touched)
-        rows = _apply_rule(inputs, v, rows, g.values, arguments, g.elements(v.shape))
+        rows = _apply_rule(
+            inputs, v, rows, g.values, arguments, elements=g.elements(v.shape)
+        )
         after |= g.scatter(touched, rows)
     elif g is not None:
-        after |= _apply_rule(inputs, v, tensors, g, arguments, None)
+        after |= _apply_rule(inputs, v, tensors, g, arguments, step)
     if g is not None and v.constraint is not None:
         after["weight"] = ops.cast(v.constraint(after["weight"]), v.dtype)
     if inputs.plan.ema:
@@ -54,13 +78,16 @@ def _apply_rule(
     tensors: dict,
     g: Any,
     arguments: Arguments,
-    elements: Any,
+    step: tuple[Any, dict] | None = None,
+    elements: Any = None,
 ) -> dict:
     """Stages 7 to 10: the rule, update transforms, decay and the rounding."""
     plan = inputs.plan
     w = ops.cast(tensors["weight"], v.compute_dtype)
     mine = arguments.for_variable(v) | {"w": w}
-    delta, new_slots = v.rule(g, in_compute_dtype(v, tensors["slots"]), arguments=mine)
+    delta, new_slots = step or v.rule(
+        g, in_compute_dtype(v, tensors["slots"]), arguments=mine
+    )
     for transform in plan.transforms:
         if transform.after is not None and transform.owner in v.transforms:
             own = arguments.for_variable(v, transform.owner) | {"w": w}

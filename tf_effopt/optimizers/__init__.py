@@ -7,6 +7,7 @@ from tf_effopt.optimizers.gradient_descent import GradientDescent
 from tf_effopt.optimizers.lamb import Lamb
 from tf_effopt.optimizers.lars import Lars
 from tf_effopt.optimizers.lion import Lion
+from tf_effopt.optimizers.muon import Muon
 from tf_effopt.optimizers.nadam import Nadam
 from tf_effopt.optimizers.prodigy import Prodigy
 from tf_effopt.optimizers.radam import RAdam
@@ -23,6 +24,7 @@ __all__ = [
     "Lamb",
     "Lars",
     "Lion",
+    "Muon",
     "Nadam",
     "Prodigy",
     "RAdam",

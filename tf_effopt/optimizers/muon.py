@@ -1,0 +1,323 @@
+"""Muon, from Jordan et al., "Muon: An optimizer for hidden layers in neural
+networks", 2024.
+
+https://kellerjordan.github.io/posts/muon
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+
+from tf_effopt.base import Optimizer
+from tf_effopt.hyperparameters import (
+    Choice,
+    DecayRate,
+    Integer,
+    NonNegative,
+    Patterns,
+    Positive,
+    Real,
+    Switch,
+)
+from tf_effopt.layer_roles import EMBEDDING, HIDDEN, Roles, role_by_path
+from tf_effopt.linalg import orthogonalized
+from tf_effopt.optimizers.adam import adam_rule
+from tf_effopt.paths import matches, path_of
+from tf_effopt.rules import Part, Slots
+
+# Amsel et al., 2025, https://arxiv.org/abs/2505.16932: the best quintics, one
+# after the other, for singular values down to 0.001 of the norm.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+POLAR_EXPRESS_MARGIN = 1.02
+
+
+def muon_rule(
+    g,
+    slots,
+    *,
+    learning_rate,
+    momentum,
+    muon_a,
+    muon_b,
+    muon_c,
+    rms_rate,
+    ns_steps,
+    nesterov,
+    iteration,
+    scale,
+):
+    """Returns Muon's change to matrices, and their next momentum.
+
+    Args:
+        g: gradient, of shape `(n, inputs, outputs)`: n matrices.
+        slots: `m`, of that shape: the decayed sum of `g`.
+        learning_rate: scalar, in units of the spectral norm, times the scale.
+        momentum: share of `m` kept per update, in [0, 1).
+        muon_a, muon_b, muon_c: the quintic of a step of Newton-Schulz.
+        rms_rate: the root mean square of a step per learning rate, or None.
+        ns_steps: steps of the iteration.
+        nesterov: whether to look one step ahead.
+        iteration: `"newton_schulz"` or `"polar_express"`.
+        scale: `"match_rms_adamw"` or `"original"`.
+
+    Returns:
+        `(delta, slots)`: what to add to the weights, and the next slots.
+    """
+    m = momentum * slots["m"] + g
+    u = g + momentum * m if nesterov else m
+    if iteration == "polar_express":
+        later = (POLAR_EXPRESS[-1],) * (ns_steps - len(POLAR_EXPRESS))
+        o = orthogonalized(u, (POLAR_EXPRESS + later)[:ns_steps], POLAR_EXPRESS_MARGIN)
+    else:
+        o = orthogonalized(u, [(muon_a, muon_b, muon_c)] * ns_steps)
+    inputs, outputs = g.shape[-2:]
+    if scale == "original":
+        o = math.sqrt(max(1, outputs / inputs)) * o
+    elif rms_rate is not None:
+        o = rms_rate * math.sqrt(max(inputs, outputs)) * o
+    return -learning_rate * o, {"m": m}
+
+
+def inner_adam_rule(
+    g, slots, *, t, learning_rate, adam_beta_1, adam_beta_2, epsilon, adam_lr_ratio
+):
+    """Returns `adam_rule`'s step of the tensors that aren't hidden matrices."""
+    return adam_rule(
+        g,
+        slots,
+        t=t,
+        learning_rate=adam_lr_ratio * learning_rate,
+        beta_1=adam_beta_1,
+        beta_2=adam_beta_2,
+        epsilon=epsilon,
+        amsgrad=False,
+        bias_correction=True,
+    )
+
+
+class Muon(Optimizer):
+    """Muon: the momentum of each hidden matrix, with all its singular values near 1.
+
+    Hidden matrices are kernels of dense layers, attention's projections,
+    recurrent gates, and convolutions as `(inputs, outputs)`. All else is trained by
+    AdamW inside: embeddings, output layers, biases, scales. Which is which a
+    variable doesn't tell: pass `roles=tf_effopt.roles(model)`. Without, routing
+    goes by the paths and shapes of Keras's variables; then output layers
+    aren't known, a warning shows the table, and `exclude_layers` names them.
+    (`keras.optimizers.Muon` takes each variable of two axes: biases of
+    attention, but neither its kernels nor convolutions.)
+
+    The momentum is the authors' sum, `m <- momentum * m + g`, whose scale
+    doesn't matter; the decay is times the learning rate. The norm that a matrix is
+    divided by is at least 1e-7, as in PyTorch. The iteration runs in float32,
+    all matrices of a shape at once (the authors' runs in bfloat16, as a TPU's
+    float32 products do).
+
+    Keeps 1 value per parameter of hidden matrices, 2 of the others. Takes
+    `keras.optimizers.Muon`'s arguments and converts its state.
+
+    When not to use it: for small or shallow models, where `AdamW` is as good
+    without 5 to 15 products of matrices per step.
+
+    Reference: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon;
+    `rms_rate`: Liu et al., 2025, https://arxiv.org/abs/2502.16982;
+    `polar_express`: Amsel et al., 2025, https://arxiv.org/abs/2505.16932
+
+    Args:
+        learning_rate: float of at least 0, schedule or callable. With the
+            default `scale` it is AdamW's; with `"original"`, about 0.02.
+        adam_beta_1, adam_beta_2: floats in [0, 1), of the AdamW inside.
+        adam_weight_decay: None, or float of at least 0, of what AdamW trains.
+        epsilon: float above 0, of the AdamW inside.
+        weight_decay: None, or float of at least 0, of hidden matrices.
+        exclude_layers: list of regular expressions: what matches is trained by
+            AdamW, whatever its role.
+        exclude_embeddings: bool, whether AdamW trains embeddings.
+        muon_a, muon_b, muon_c: floats, the iteration's quintic.
+        adam_lr_ratio: float of at least 0, AdamW's learning rate per Muon's.
+        momentum: float in [0, 1).
+        ns_steps: int of at least 1, the iteration's steps.
+        nesterov: bool, whether the momentum looks one step ahead.
+        rms_rate: None, or float above 0: the root mean square of a step per
+            learning rate; None is no scale.
+        iteration: `"newton_schulz"`, or `"polar_express"`: other coefficients at
+            each step, nearer to 1 in the same 5 steps.
+        scale: `"match_rms_adamw"`, `rms_rate * sqrt(max(inputs, outputs))`; or
+            `"original"`, `sqrt(max(1, outputs / inputs))`.
+        split_heads: bool, whether each of attention's heads is a matrix of its
+            own, not each projection.
+        roles: None, or what `tf_effopt.roles(model)` returned.
+        **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`.
+
+    Raises:
+        ValueError: an argument is out of its range; a variable isn't in `roles`.
+
+    Example:
+
+    >>> import keras, tf_effopt
+    >>> model = keras.Sequential(
+    ...     [keras.Input((8,)), keras.layers.Dense(4), keras.layers.Dense(2)])
+    >>> optimizer = tf_effopt.Muon(1e-3, roles=tf_effopt.roles(model))
+    >>> model.compile(optimizer=optimizer, loss="mse")
+    """
+
+    elementwise = False
+    adam_beta_1 = DecayRate()
+    adam_beta_2 = DecayRate()
+    adam_weight_decay = NonNegative(optional=True)
+    epsilon = Positive()
+    exclude_layers = Patterns()
+    exclude_embeddings = Switch()
+    muon_a = Real()
+    muon_b = Real()
+    muon_c = Real()
+    adam_lr_ratio = NonNegative()
+    momentum = DecayRate()
+    ns_steps = Integer(low=1)
+    nesterov = Switch()
+    rms_rate = Positive(optional=True)
+    iteration = Choice("newton_schulz", "polar_express")
+    scale = Choice("match_rms_adamw", "original")
+    split_heads = Switch()
+
+    def __init__(
+        self,
+        learning_rate=0.001,
+        adam_beta_1=0.9,
+        adam_beta_2=0.999,
+        adam_weight_decay=0.004,
+        epsilon=1e-7,
+        weight_decay=0.004,
+        exclude_layers=None,
+        exclude_embeddings=True,
+        muon_a=3.4445,
+        muon_b=-4.7750,
+        muon_c=2.0315,
+        adam_lr_ratio=1.0,
+        momentum=0.95,
+        ns_steps=5,
+        nesterov=True,
+        rms_rate=0.2,
+        iteration="newton_schulz",
+        scale="match_rms_adamw",
+        split_heads=False,
+        roles=None,
+        **kwargs,
+    ):
+        super().__init__(learning_rate, weight_decay=weight_decay, **kwargs)
+        self.adam_beta_1 = adam_beta_1
+        self.adam_beta_2 = adam_beta_2
+        self.adam_weight_decay = adam_weight_decay
+        self.epsilon = epsilon
+        self.exclude_layers = exclude_layers or []
+        self.exclude_embeddings = exclude_embeddings
+        self.muon_a = muon_a
+        self.muon_b = muon_b
+        self.muon_c = muon_c
+        self.adam_lr_ratio = adam_lr_ratio
+        self.momentum = momentum
+        self.ns_steps = ns_steps
+        self.nesterov = nesterov
+        self.rms_rate = rms_rate
+        self.iteration = iteration
+        self.scale = scale
+        self.split_heads = split_heads
+        self.roles = checked_roles(roles)
+
+    def matrices(self, path, shape):
+        """How a variable is looked at as matrices; None if AdamW trains it."""
+        known = self.roles is not None
+        role = self.roles.role(path, shape) if known else role_by_path(path, shape)
+        is_embedding = role.kind == EMBEDDING and not self.exclude_embeddings
+        if matches(self.exclude_layers, path) or not (
+            role.kind == HIDDEN or is_embedding
+        ):
+            return None
+        return role.per_head().matrices if self.split_heads else role.matrices
+
+    def part(self, path, shape):
+        view = self.matrices(path, shape)
+        return ADAMW if view is None else muon_part(view)
+
+    def build(self, variables):
+        is_new = not self.built
+        super().build(variables)
+        if is_new and self.roles is None:
+            self._warn_of_routing()
+
+    def _warn_of_routing(self):
+        rows = []
+        for v in self._trainable_variables:
+            path, shape = path_of(v), tuple(v.shape)
+            if len(shape) > 1:
+                rows.append(f"{self.part(path, shape).name:5}  {path}  {shape}")
+        if any(row.startswith("muon") for row in rows):
+            table = "\n".join(rows)
+            warnings.warn(
+                f"{self.name} goes by the paths and shapes of the variables:\n{table}\n"
+                "An output layer can't be told by its path. Pass "
+                "`roles=tf_effopt.roles(model)`, or name it: "
+                "`exclude_layers=['name of the output layer']`.",
+                stacklevel=3,
+            )
+
+    def get_config(self):
+        config = super().get_config()
+        config["roles"] = None if self.roles is None else self.roles.get_config()
+        return config
+
+    def convert_keras_slots(self, saved, steps):
+        # Keras's has one slot for what it takes for matrices, else two, in the
+        # order of the variables; its choice isn't ours.
+        saved, slots = list(saved), []
+        for v in self._trainable_variables:
+            path, shape = path_of(v), tuple(v.shape)
+            has_velocity = self._is_adam_of_keras(path, shape)
+            theirs, saved = saved[: 1 + has_velocity], saved[1 + has_velocity :]
+            if any(x.shape != shape for x in theirs) or len(theirs) < 1 + has_velocity:
+                return None
+            if self.matrices(path, shape) is not None:
+                slots += theirs[:1]
+            elif has_velocity:
+                slots += theirs
+            else:
+                mean = (1 - self.momentum) * theirs[0]
+                slots += [mean, mean**2]
+        return None if saved else slots
+
+    def _is_adam_of_keras(self, path, shape):
+        is_embedding = self.exclude_embeddings and "embedding" in path.lower()
+        return len(shape) != 2 or is_embedding or matches(self.exclude_layers, path)
+
+
+ADAMW = Part(
+    inner_adam_rule,
+    Slots(m="momentum", v="velocity"),
+    weight_decay="adam_weight_decay",
+    name="adamw",
+)
+
+
+@functools.cache
+def muon_part(view):
+    """The part of all matrices that are looked at in this way."""
+    return Part(muon_rule, Slots(m="momentum"), matrices=view, name="muon")
+
+
+def checked_roles(roles):
+    if roles is None or isinstance(roles, Roles):
+        return roles
+    if isinstance(roles, dict) and set(roles) == {"entries"}:
+        return Roles.from_config(roles)  # as `get_config` gives it
+    raise ValueError(
+        "`roles` must be what `tf_effopt.roles(model)` returned, or None. "
+        f"Received: roles={roles!r}"
+    )
