@@ -81,6 +81,7 @@ CASES = [
     _case("muon", "Muon", learning_rate=0.01),
     # Its rate is a factor of the estimate, which makes them those of the others.
     _case("prodigy", "Prodigy", learning_rate=1.0, initial_estimate=0.1),
+    _case("yogi", "Yogi", learning_rate=0.01),
     # Keras's keeps other tensors, and loses the weights in `fit`.
     _case("schedule_free_adamw", "ScheduleFreeAdamW", same=False, learning_rate=0.01),
 ]

@@ -103,6 +103,12 @@ OWN = {
         "epsilon": POSITIVE,
         "warmup_steps": count(1),
     },
+    "Yogi": {
+        **BETAS,
+        "epsilon": POSITIVE,
+        "initial_accumulator_value": POSITIVE,
+        "bias_correction": SWITCH,
+    },
 }
 CLASSES = list(OWN)
 WRONG = [
@@ -315,6 +321,8 @@ STRUCTURAL = [
     ("Prodigy", {}, "safeguard_warmup", True),
     ("ScheduleFreeAdamW", {}, "warmup_steps", 5),
     ("ScheduleFreeAdamW", {"warmup_steps": 5}, "warmup_steps", 0),
+    ("Yogi", {}, "bias_correction", False),
+    ("Yogi", {}, "initial_accumulator_value", 1e-3),
 ]
 
 

@@ -30,6 +30,7 @@ KEPT = {
     "RMSprop": (1, 0),
     "SGD": (0, 0),
     "ScheduleFreeAdamW": (2, 3),
+    "Yogi": (2, 0),
 }
 ADDED = {
     ("Adam", "amsgrad"): 1,

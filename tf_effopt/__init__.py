@@ -34,6 +34,7 @@ from tf_effopt.optimizers import (
     RAdam,
     RMSprop,
     ScheduleFreeAdamW,
+    Yogi,
 )
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "ScheduleFreeAdamW",
+    "Yogi",
     "callbacks",
     "hyperparameters",
     "roles",

@@ -341,6 +341,8 @@ class Optimizer(keras.optimizers.Optimizer):
             compute_dtype(dtype_name(weight)),
             shape if slot.shape is None else slot.shape(shape),
             slot.starts_at_weight,
+            # Not by `Constant`, which goes through float32.
+            functools.partial(_filled, slot.start),
         )
 
     def add_variable_from_reference(

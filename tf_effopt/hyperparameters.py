@@ -83,6 +83,7 @@ class Number(Hyperparameter):
         optional: whether `None` is allowed and means "off".
         zero_is_off: whether 0, too, means "off": there, the optimizer keeps
             no state and runs no operation for this setting.
+        fixed: whether it can't change once the optimizer is built.
     """
 
     low: float | None = None
@@ -90,9 +91,12 @@ class Number(Hyperparameter):
     open_low = False
     open_high = False
 
-    def __init__(self, optional: bool = False, zero_is_off: bool = False):
+    def __init__(
+        self, optional: bool = False, zero_is_off: bool = False, fixed: bool = False
+    ):
         self.optional = optional
         self.zero_is_off = zero_is_off
+        self.fixed = fixed
 
     @property
     def expected(self) -> str:
@@ -129,8 +133,10 @@ class Number(Hyperparameter):
             )
         return number
 
-    def structure(self, value: float | None) -> bool:
-        return self.is_off(value)
+    def structure(self, value: float | None) -> float | bool | None:
+        if not self.fixed:
+            return self.is_off(value)
+        return None if self.is_off(value) else value
 
     def is_off(self, value: float | None) -> bool:
         return value is None or (self.zero_is_off and value == 0)
@@ -220,9 +226,8 @@ class Count(Number):
     """
 
     def __init__(self, low: int, fixed: bool = False):
-        super().__init__(optional=True, zero_is_off=True)
+        super().__init__(optional=True, zero_is_off=True, fixed=fixed)
         self.low = low
-        self.fixed = fixed
 
     @property
     def expected(self) -> str:
@@ -236,9 +241,6 @@ class Count(Number):
         if value != 0 and value < self.low:
             raise self.error(value)
         return int(value)
-
-    def structure(self, value: int | None) -> int | bool | None:
-        return (value or None) if self.fixed else self.is_off(value)
 
 
 class Integer(Hyperparameter):

@@ -21,12 +21,14 @@ class Slot:
         name: under which it is saved.
         shape: None for the weight's shape, or a function from that shape to
             the slot's.
-        starts_at_weight: whether it starts as a copy of the weight, not at 0.
+        starts_at_weight: whether it starts as a copy of the weight.
+        start: the number at which it starts otherwise.
     """
 
     name: str
     shape: Callable[[Shape], Shape] | None = None
     starts_at_weight: bool = False
+    start: float = 0.0
 
 
 class Slots(dict[str, str | Slot]):

@@ -222,6 +222,7 @@ def _optax_rule(case: Case) -> Any:
         ),
         "Prodigy": lambda: contrib.prodigy(eta, betas=tuple(betas.values()), **decay),
         "ScheduleFreeAdamW": lambda: contrib.schedule_free_adamw(eta, **moments),
+        "Yogi": lambda: optax.yogi(eta, **moments),
     }
     if case.rule not in rules or c["lazy"]:
         raise NoSuchRule

@@ -2,7 +2,7 @@
 
     python tests/golden/make_traces.py [name ...]
 
-writes `<name>.npz` beside this file, and `README.md` when all are made. It
+writes `<name>.npz` beside this file, of all or of those named, and `README.md`. It
 needs the packages in the README, and no others: the tests only read the files.
 
 Gradients don't depend on the weights, so that a difference in one step isn't
@@ -241,16 +241,31 @@ def sgd(trace, problem):
     return optax_run(trace, problem, transformation, slots={"momentum": "trace"})
 
 
+def set_epsilon(trace, optimizer, t):
+    """Such that an epsilon after the bias correction is our epsilon-hat."""
+    for group in optimizer.param_groups:
+        bias_2 = 1 - group["betas"][1] ** t
+        group["eps"] = trace.settings["epsilon"] / math.sqrt(bias_2)
+
+
 def adam(trace, problem):
-    """With the epsilon of each step such that Algorithm 1 has our epsilon-hat."""
+    slots = ADAM_SLOTS | {"velocity_hat": "max_exp_avg_sq"}
+    before = functools.partial(set_epsilon, trace)
+    return torch_run(trace, problem, slots, before)
+
+
+def yogi(trace, problem):
+    """With a first moment that starts at 0."""
 
     def before(optimizer, t):
-        for group in optimizer.param_groups:
-            bias_2 = 1 - group["betas"][1] ** t
-            group["eps"] = trace.settings["epsilon"] / math.sqrt(bias_2)
+        set_epsilon(trace, optimizer, t)
+        if t == 1:
+            for group in optimizer.param_groups:
+                optimizer.init_group(group)
+                for parameter in group["params"]:
+                    optimizer.state[parameter]["exp_avg"].zero_()
 
-    slots = ADAM_SLOTS | {"velocity_hat": "max_exp_avg_sq"}
-    return torch_run(trace, problem, slots, before)
+    return torch_run(trace, problem, ADAM_SLOTS, before)
 
 
 def rmsprop(trace, problem):
@@ -473,7 +488,9 @@ def readme() -> str:
 
     pinned, rows = {}, []
     for trace in TRACES:
-        version = importlib.metadata.version(trace.package).partition("+")[0]
+        with np.load(HERE / f"{trace.name}.npz") as file:
+            made = json.loads(file["provenance"].item())
+        version = made["version"].partition("+")[0]
         pinned[trace.package] = f"{trace.package}=={version}"
         notes = trace.notes + (" Constant learning rate." if trace.constant else "")
         cells = [
@@ -500,8 +517,7 @@ def main(names: list[str]) -> None:
     for trace in TRACES:
         if not names or trace.name in names:
             write(trace, globals()[trace.make])
-    if not names:
-        (HERE / "README.md").write_text(readme())
+    (HERE / "README.md").write_text(readme())
 
 
 if __name__ == "__main__":

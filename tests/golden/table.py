@@ -541,4 +541,37 @@ TRACES = [
         {**OUR_BETAS, "epsilon": 1e-2},
         "As `schedule_free_adamw`.",
     ),
+    Trace(
+        "yogi",
+        "yogi",
+        "pytorch-optimizer",
+        "pytorch_optimizer.Yogi",
+        {**BETAS, "initial_accumulator": 0.25, "weight_decay": 0.1},
+        "Yogi",
+        {
+            **OUR_BETAS,
+            "epsilon": 1e-2,
+            "initial_accumulator_value": 0.25,
+            "weight_decay": 0.1,
+        },
+        "The first moment was made to start at 0, as in TensorFlow Addons and the "
+        "paper (theirs: at `initial_accumulator`). The decay is decoupled, times the "
+        "learning rate. Theirs adds epsilon after the bias correction: it was given "
+        "epsilon / sqrt(1 - beta_2**t).",
+    ),
+    Trace(
+        "yogi_no_decay",
+        "yogi",
+        "pytorch-optimizer",
+        "pytorch_optimizer.Yogi",
+        {"betas": (0.9, 0.999), "initial_accumulator": 1e-6},
+        "Yogi",
+        {
+            "beta_1": 0.9,
+            "beta_2": 0.999,
+            "epsilon": 1e-3,
+            "initial_accumulator_value": 1e-6,
+        },
+        "As `yogi`.",
+    ),
 ]

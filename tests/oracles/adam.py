@@ -1,4 +1,4 @@
-"""Adam and the two that change its first steps."""
+"""Adam, the two that change its first steps, and Yogi."""
 
 from __future__ import annotations
 
@@ -74,3 +74,22 @@ def radam(g, w, state, t, lr, settings):
         )
         return -lr * r * np.sqrt(1.0 - b2**t) * m_hat / (np.sqrt(v) + eps)
     return -lr * m_hat
+
+
+def yogi(g, w, state, t, lr, settings):
+    """Zaheer et al. 2018, algorithm 2; the correction is TensorFlow Addons'.
+
+    It is a factor of the learning rate, which leaves epsilon uncorrected. m
+    starts at 0.
+    """
+    b1 = settings.get("beta_1", 0.9)
+    b2 = settings.get("beta_2", 0.999)
+    eps = settings.get("epsilon", 1e-3)
+    m = b1 * state.get("momentum", np.zeros_like(g)) + (1.0 - b1) * g
+    start = np.full_like(g, settings.get("initial_accumulator_value", 1e-6))
+    v = state.get("velocity", start)
+    v = v + (1.0 - b2) * np.where(v < g * g, g * g, np.where(v > g * g, -g * g, 0.0))
+    state["momentum"], state["velocity"] = m, v
+    if settings.get("bias_correction", True):
+        lr = lr * np.sqrt(1.0 - b2**t) / (1.0 - b1**t)
+    return -lr * m / (np.sqrt(v) + eps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .adafactor import adafactor
-from .adam import adam, nadam, radam
+from .adam import adam, nadam, radam, yogi
 from .first_order import gradient_descent, lion, rmsprop, sgd
 from .layerwise import lamb, lars
 from .muon import muon
@@ -27,6 +27,7 @@ RULES = {
     "RMSprop": rmsprop,
     "SGD": sgd,
     "ScheduleFreeAdamW": schedule_free_adamw,
+    "Yogi": yogi,
 }
 # No optimizer of the package has them yet.
 UNUSED_RULES = {"SOAP": soap}

@@ -14,6 +14,7 @@ from tf_effopt.optimizers.radam import RAdam
 from tf_effopt.optimizers.rmsprop import RMSprop
 from tf_effopt.optimizers.schedule_free_adamw import ScheduleFreeAdamW
 from tf_effopt.optimizers.sgd import SGD
+from tf_effopt.optimizers.yogi import Yogi
 
 __all__ = [
     "SGD",
@@ -30,4 +31,5 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "ScheduleFreeAdamW",
+    "Yogi",
 ]
