@@ -12,6 +12,7 @@ from tf_effopt import SGD, Adam, random
 from tf_effopt.transforms import (
     AdaptiveClipping,
     Cautious,
+    GradientCentralization,
     GradientNoise,
     SkipSpikes,
     Transform,
@@ -22,6 +23,7 @@ TRANSFORMS = {
     "adaptive_clipping": lambda: AdaptiveClipping(0.05, exclude=["second"]),
     "zclip": lambda: ZClip(z_threshold=0.5, decay=0.9, warmup_steps=3),
     "gradient_noise": lambda: GradientNoise(0.01, seed=3),
+    "gradient_centralization": GradientCentralization,
     "cautious": Cautious,
     "skip_spikes": lambda: SkipSpikes(factor=1.01, decay=0.5, warmup_steps=2),
 }
@@ -127,6 +129,41 @@ def test_noise_is_normal():
     assert np.abs(draws).max() < 6
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (5, 3), (3, 1, 4), (2, 3, 4, 5)], ids=str)
+def test_centralization_is_by_output(shape):
+    """Yong et al. 2020, equation 1, written out for each output."""
+    g = np.random.default_rng(4).normal(size=shape) + 2
+    expected = g.copy()
+    if len(shape) > 1:
+        for i in range(shape[-1]):
+            expected[..., i] -= sum(g[..., i].ravel()) / g[..., i].size
+    (taken,) = steps([g], GradientCentralization())
+    np.testing.assert_allclose(taken, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "layer, shape, centralized",
+    [
+        (keras.layers.Embedding(5, 3), (2,), False),
+        (keras.layers.DepthwiseConv2D(2), (4, 4, 3), False),
+        (keras.layers.SeparableConv1D(3, 2), (4, 3), False),
+        (keras.layers.Conv1D(3, 2), (4, 3), True),
+        (keras.layers.Dense(3), (4,), True),
+    ],
+    ids=lambda x: getattr(x, "name", None),
+)
+def test_centralization_leaves_out_what_mixes_rows_or_channels(
+    layer, shape, centralized
+):
+    layer.build((None, *shape))
+    kernel = layer.trainable_variables[0]
+    before = kernel.numpy()
+    g = np.arange(before.size, dtype="float32").reshape(before.shape)
+    SGD(1.0, transforms=[GradientCentralization()]).apply([tf.constant(g)], [kernel])
+    sums = (before - kernel.numpy()).reshape(-1, before.shape[-1]).sum(0)
+    assert np.allclose(sums, 0, atol=1e-4) == centralized
+
+
 def test_cautious_mask_follows_its_code():
     """u * mask / max(mean(mask), 1e-3), with u the step against the weight."""
     rng = np.random.default_rng(2)
@@ -226,6 +263,7 @@ def test_lazy_rows_take_no_transform():
         lambda: GradientNoise(variance=-0.1),
         lambda: GradientNoise(seed=-1),
         lambda: GradientNoise(seed=0.5),
+        lambda: GradientCentralization(exclude="bias"),
         lambda: SkipSpikes(factor=0),
     ],
 )

@@ -3,6 +3,7 @@
 from tf_effopt.transforms.adaptive_clipping import AdaptiveClipping
 from tf_effopt.transforms.base import Transform
 from tf_effopt.transforms.cautious import Cautious
+from tf_effopt.transforms.gradient_centralization import GradientCentralization
 from tf_effopt.transforms.gradient_noise import GradientNoise
 from tf_effopt.transforms.skip_spikes import SkipSpikes
 from tf_effopt.transforms.zclip import ZClip
@@ -10,6 +11,7 @@ from tf_effopt.transforms.zclip import ZClip
 __all__ = [
     "AdaptiveClipping",
     "Cautious",
+    "GradientCentralization",
     "GradientNoise",
     "SkipSpikes",
     "Transform",
