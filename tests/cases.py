@@ -1,4 +1,4 @@
-"""The optimizers, and one small model, that several test files go over."""
+"""The optimizers, the transforms, and one small model, that several test files go over."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ import keras
 import numpy as np
 
 import tf_effopt
+from tf_effopt.transforms import (
+    AdaptiveClipping,
+    Cautious,
+    GradientCentralization,
+    GradientNoise,
+    SkipSpikes,
+    ZClip,
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,16 @@ CASES = [
 ]
 BY_NAME = {case.name: case for case in CASES}
 WITH_COUNTERPART = [case for case in CASES if case.keras]
+
+# With settings such that a few steps show them.
+TRANSFORMS = {
+    "adaptive_clipping": lambda: AdaptiveClipping(0.05, exclude=["second"]),
+    "zclip": lambda: ZClip(z_threshold=0.5, decay=0.9, warmup_steps=3),
+    "gradient_noise": lambda: GradientNoise(0.01, seed=3),
+    "gradient_centralization": GradientCentralization,
+    "cautious": Cautious,
+    "skip_spikes": lambda: SkipSpikes(factor=1.01, decay=0.5, warmup_steps=2),
+}
 
 rng = np.random.default_rng(0)
 X = rng.normal(size=(16, 4)).astype("float32")

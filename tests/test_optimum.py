@@ -12,10 +12,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import CASES
+from cases import CASES, TRANSFORMS
 
 import tf_effopt
-from tf_effopt import transforms
 
 # Name -> where it starts, and its optimum.
 PROBLEMS = {
@@ -38,7 +37,6 @@ OTHER_RATES = {
 SETTINGS = {"prodigy": {"initial_estimate": 1e-6}}
 # What has a schedule of its own gets a number.
 CONSTANT = {"adafactor": 0.03, "schedule_free_adamw": 0.05}
-TRANSFORMS = [name for name in transforms.__all__ if name != "Transform"]
 
 
 def loss(problem: str, w: tf.Tensor) -> tf.Tensor:
@@ -86,10 +84,11 @@ def test_optimizer_reaches_it(case, problem):
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_adam_with_transform_reaches_it(name, problem):
-    transform = getattr(transforms, name)()
-    optimizer = tf_effopt.Adam(rate_for("adam", problem), transforms=[transform])
+    optimizer = tf_effopt.Adam(
+        rate_for("adam", problem), transforms=[TRANSFORMS[name]()]
+    )
     optimum = np.array(PROBLEMS[problem][1])
-    if name == "GradientCentralization" and optimum.ndim == 2:
+    if name == "gradient_centralization" and optimum.ndim == 2:
         # The nearest to it with the sums of the start, output by output.
         optimum = optimum - optimum.mean(axis=0)
     w = trained(optimizer, problem)

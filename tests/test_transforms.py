@@ -6,7 +6,17 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import CASES, X, Y, arrays, by_name, compiled_model, small_model, train
+from cases import (
+    CASES,
+    TRANSFORMS,
+    X,
+    Y,
+    arrays,
+    by_name,
+    compiled_model,
+    small_model,
+    train,
+)
 
 from tf_effopt import SGD, Adam, random
 from tf_effopt.transforms import (
@@ -19,14 +29,6 @@ from tf_effopt.transforms import (
     ZClip,
 )
 
-TRANSFORMS = {
-    "adaptive_clipping": lambda: AdaptiveClipping(0.05, exclude=["second"]),
-    "zclip": lambda: ZClip(z_threshold=0.5, decay=0.9, warmup_steps=3),
-    "gradient_noise": lambda: GradientNoise(0.01, seed=3),
-    "gradient_centralization": GradientCentralization,
-    "cautious": Cautious,
-    "skip_spikes": lambda: SkipSpikes(factor=1.01, decay=0.5, warmup_steps=2),
-}
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
 
 
