@@ -19,6 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
+from cases import TRANSFORMS
 
 import tf_effopt
 
@@ -257,6 +258,11 @@ def weights_for_evaluation():
     return {"difference": max(at_x, at_y), "replicas": replicas_differ(two)}
 
 
+def transform(name: str):
+    """Before the rule and after it, what they see is equal on each replica."""
+    return lambda: compare(lambda: adam(transforms=[TRANSFORMS[name]()])())
+
+
 def other_reductions():
     strategy = tf.distribute.MirroredStrategy(
         cross_device_ops=tf.distribute.ReductionToOneDevice()
@@ -355,6 +361,10 @@ OURS = [
     programs_per_replica,
     mixed_strategies,
 ]
+SCENARIOS = {scenario.__name__: scenario for scenario in SHARED}
+if optimizers is tf_effopt:
+    SCENARIOS |= {scenario.__name__: scenario for scenario in OURS}
+    SCENARIOS |= {f"transform_{name}": transform(name) for name in TRANSFORMS}
 
 
 def main() -> None:
@@ -363,13 +373,13 @@ def main() -> None:
     tf.config.set_logical_device_configuration(cpu, two)
     results = {}
     wanted = sys.argv[3:]
-    for scenario in SHARED + (OURS if optimizers is tf_effopt else []):
-        if wanted and scenario.__name__ not in wanted:
+    for name, scenario in SCENARIOS.items():
+        if wanted and name not in wanted:
             continue
         try:
-            results[scenario.__name__] = scenario()
+            results[name] = scenario()
         except Exception as error:  # noqa: BLE001 - the test that reads this reports it
-            results[scenario.__name__] = {"error": f"{type(error).__name__}: {error}"}
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
     with open(sys.argv[2], "w") as file:
         json.dump(results, file)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from cases import TRANSFORMS
 
 HERE = pathlib.Path(__file__).parent
 TOLERANCE = 2e-6
@@ -37,6 +38,7 @@ OURS = [
     "programs_per_replica",
     "mixed_strategies",
 ]
+OURS += [f"transform_{name}" for name in TRANSFORMS]
 
 
 def run(package: str, output: pathlib.Path) -> dict:
