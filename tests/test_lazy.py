@@ -10,7 +10,7 @@ import tensorflow as tf
 from cases import CASES, arrays
 
 ROWS, WIDTH = 6, 3
-LOOKED_UP = [[4, 1, 4], [5, 4]]
+LOOKED_UP = [[4, 1, 4], [5, 4, 5]]
 DECAY = {"weight_decay": 0.05}
 
 
