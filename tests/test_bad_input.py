@@ -134,6 +134,10 @@ def test_wrong_argument_is_named(class_name, argument, expected, value):
         getattr(tf_effopt, class_name)(**{argument: value})
 
 
+def test_every_optimizer_is_in_the_table():
+    assert set(CLASSES) == {case.make.func.__name__ for case in cases.CASES}
+
+
 @pytest.mark.parametrize("class_name", CLASSES)
 def test_every_argument_is_in_the_table(class_name):
     config = getattr(tf_effopt, class_name)().get_config()

@@ -18,7 +18,7 @@ from cases import (
     train,
 )
 
-from tf_effopt import SGD, Adam, random
+from tf_effopt import SGD, Adam, random, transforms
 from tf_effopt.transforms import (
     AdaptiveClipping,
     Cautious,
@@ -30,6 +30,11 @@ from tf_effopt.transforms import (
 )
 
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
+
+
+def test_every_transform_is_in_the_table():
+    classes = {type(make()).__name__ for make in TRANSFORMS.values()}
+    assert classes | {"Transform"} == set(transforms.__all__)
 
 
 def steps(gradients, *transforms, optimizer=None, start=0.0):
