@@ -23,6 +23,7 @@ FRACTION = (r"in \[0, 1\]", [1.5, -0.1, None, *NOT_NUMBERS])
 POSITIVE = ("a number above 0", [0, -1e-7, None, *NOT_NUMBERS])
 NON_NEGATIVE = ("a number of at least 0", [-0.1, None, *NOT_NUMBERS])
 NEGATIVE = ("a number below 0", [0, 0.5, None, *NOT_NUMBERS])
+REAL = ("a finite number", [None, *NOT_NUMBERS])
 SWITCH = ("True or False", [0, 1, "yes", None, 1.0])
 PATTERNS = ("a list of regular expressions", ["bias", None, 1, 0.5, [1], ["("]])
 
@@ -87,6 +88,29 @@ OWN = {
         "exclude_from_adaptation": PATTERNS,
     },
     "Lion": BETAS,
+    "Muon": {
+        "adam_beta_1": DECAY_RATE,
+        "adam_beta_2": DECAY_RATE,
+        "adam_weight_decay": or_none(NON_NEGATIVE),
+        "epsilon": POSITIVE,
+        "exclude_layers": ("a list of regular expressions", ["bias", 1, [1], ["("]]),
+        "exclude_embeddings": SWITCH,
+        "muon_a": REAL,
+        "muon_b": REAL,
+        "muon_c": REAL,
+        "adam_lr_ratio": NON_NEGATIVE,
+        "momentum": DECAY_RATE,
+        "ns_steps": ("an integer of at least 1", [0, -1, 2.0, "2", True, None]),
+        "nesterov": SWITCH,
+        "rms_rate": or_none(POSITIVE),
+        "iteration": ("one of 'newton_schulz', 'polar_express'", ["svd", None, 1]),
+        "scale": ("one of 'match_rms_adamw', 'original'", ["rms", None, 0.2]),
+        "split_heads": SWITCH,
+        "roles": (
+            r"what `tf_effopt.roles\(model\)` returned, or None",
+            ["hidden", {"kernel": "hidden"}, 1],
+        ),
+    },
     "Nadam": {**BETAS, "epsilon": POSITIVE},
     "Prodigy": {
         **BETAS,
@@ -323,6 +347,10 @@ STRUCTURAL = [
     ("Adafactor", {}, "relative_step", False),
     ("Prodigy", {}, "bias_correction", True),
     ("Prodigy", {}, "safeguard_warmup", True),
+    ("Muon", {}, "ns_steps", 6),
+    ("Muon", {}, "iteration", "polar_express"),
+    ("Muon", {}, "roles", {"entries": []}),
+    ("Muon", {}, "rms_rate", None),
     ("ScheduleFreeAdamW", {}, "warmup_steps", 5),
     ("ScheduleFreeAdamW", {"warmup_steps": 5}, "warmup_steps", 0),
     ("Yogi", {}, "bias_correction", False),

@@ -14,6 +14,7 @@ from tf_effopt.base import Optimizer
 from tf_effopt.hyperparameters import (
     Choice,
     DecayRate,
+    Hyperparameter,
     Integer,
     NonNegative,
     Patterns,
@@ -103,6 +104,22 @@ def inner_adam_rule(
     )
 
 
+class KnownRoles(Hyperparameter):
+    """`Roles`, or None, fixed once the optimizer is built."""
+
+    expected = "what `tf_effopt.roles(model)` returned, or None"
+
+    def check(self, value):
+        if isinstance(value, dict) and set(value) == {"entries"}:
+            return Roles.from_config(value)  # as `get_config` gives it
+        if value is not None and not isinstance(value, Roles):
+            raise self.error(value)
+        return value
+
+    def structure(self, value):
+        return value
+
+
 class Muon(Optimizer):
     """Muon: the momentum of each hidden matrix, with all its singular values near 1.
 
@@ -187,6 +204,7 @@ class Muon(Optimizer):
     iteration = Choice("newton_schulz", "polar_express")
     scale = Choice("match_rms_adamw", "original")
     split_heads = Switch()
+    roles = KnownRoles()
 
     def __init__(
         self,
@@ -217,7 +235,7 @@ class Muon(Optimizer):
         self.adam_beta_2 = adam_beta_2
         self.adam_weight_decay = adam_weight_decay
         self.epsilon = epsilon
-        self.exclude_layers = exclude_layers or []
+        self.exclude_layers = [] if exclude_layers is None else exclude_layers
         self.exclude_embeddings = exclude_embeddings
         self.muon_a = muon_a
         self.muon_b = muon_b
@@ -230,7 +248,7 @@ class Muon(Optimizer):
         self.iteration = iteration
         self.scale = scale
         self.split_heads = split_heads
-        self.roles = checked_roles(roles)
+        self.roles = roles
 
     def matrices(self, path, shape):
         """How a variable is looked at as matrices; None if AdamW trains it."""
@@ -310,14 +328,3 @@ ADAMW = Part(
 def muon_part(view):
     """The part of all matrices that are looked at in this way."""
     return Part(muon_rule, Slots(m="momentum"), matrices=view, name="muon")
-
-
-def checked_roles(roles):
-    if roles is None or isinstance(roles, Roles):
-        return roles
-    if isinstance(roles, dict) and set(roles) == {"entries"}:
-        return Roles.from_config(roles)  # as `get_config` gives it
-    raise ValueError(
-        "`roles` must be what `tf_effopt.roles(model)` returned, or None. "
-        f"Received: roles={roles!r}"
-    )
