@@ -92,6 +92,7 @@ CASES = [
     _case("yogi", "Yogi", learning_rate=0.01),
     # Keras's keeps other tensors, and loses the weights in `fit`.
     _case("schedule_free_adamw", "ScheduleFreeAdamW", same=False, learning_rate=0.01),
+    _case("soap", "SOAP", learning_rate=0.01, precondition_frequency=3),
 ]
 BY_NAME = {case.name: case for case in CASES}
 WITH_COUNTERPART = [case for case in CASES if case.keras]

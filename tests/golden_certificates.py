@@ -93,6 +93,14 @@ def difference(actual: Any, expected: Any) -> float:
     return float(error / norm) if norm else float(error and np.inf)
 
 
+def with_signs_of(slot: np.ndarray, actual: np.ndarray, name: str) -> np.ndarray:
+    """A basis whose columns look the way those of `slot` do; others as they are."""
+    if not name.startswith("basis_"):
+        return actual
+    # The signs of an eigenvector's elements say no more than its own.
+    return actual * np.sign(np.sum(actual * slot, axis=0))
+
+
 def differences(run: Run, trace: Trace) -> dict[str, float]:
     """The largest relative difference of any tensor, in each kind of value."""
     found: dict[str, float] = collections.defaultdict(float)
@@ -110,7 +118,7 @@ def differences(run: Run, trace: Trace) -> dict[str, float]:
     for actual, expected in zip(run.slots, trace.slots, strict=True):
         assert set(actual) == set(expected)
         for name, slot in expected.items():
-            compare(name, actual[name], slot)
+            compare(name, with_signs_of(slot, actual[name], name), slot)
     for name, values in trace.totals.items():
         for actual, expected in zip(run.totals[name], values, strict=True):
             compare(name, actual, expected)

@@ -29,6 +29,7 @@ KEPT = {
     "RAdam": (2, 0),
     "RMSprop": (1, 0),
     "SGD": (0, 0),
+    "SOAP": (6, 0),
     "ScheduleFreeAdamW": (2, 3),
     "Yogi": (2, 0),
 }
@@ -103,3 +104,13 @@ def test_adafactor_factors_only_where_it_saves():
     ]
     # Rows and columns of 3 x 4; of 5 x 3, twice.
     assert kept == [8, 1, 8, 4, 3 + 4, 2 * (5 + 3)]
+
+
+def test_soap_keeps_two_matrices_for_each_short_axis():
+    optimizer = tf_effopt.SOAP(max_precondition_dim=64)
+    optimizer.build([keras.Variable(np.zeros(s)) for s in [(64, 100), (3, 2, 5), (9,)]])
+    kept = [
+        sum(int(np.prod(v.shape)) for v in tensors["slots"].values())
+        for tensors in optimizer._engine.state
+    ]
+    assert kept == [2 * 6400 + 2 * 64**2, 2 * 30 + 2 * (9 + 4 + 25), 2 * 9]

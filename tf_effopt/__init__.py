@@ -21,6 +21,7 @@ from tf_effopt.layer_roles import roles
 from tf_effopt.loss_scale import LossScaleOptimizer
 from tf_effopt.optimizers import (
     SGD,
+    SOAP,
     Adafactor,
     Adam,
     AdamW,
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SGD",
+    "SOAP",
     "Adafactor",
     "Adam",
     "AdamW",

@@ -75,7 +75,9 @@ class Optimizer(keras.optimizers.Optimizer):
 
     Rules that need more than one tensor at a time set `model_rule`, and
     `elementwise = False` if they look at a whole tensor; classes with several
-    rules override `part`; see `tf_effopt.rules`.
+    rules override `part`; see `tf_effopt.rules`. What is better done for all
+    tensors at once, after their rules, is `upkeep(gs, slots, *, ...)`, which
+    gets and returns the slots of each.
 
     Every number may change while training, without compiling again:
     `optimizer.beta_1 = 0.8`. (On Keras's JAX backend this is true of
@@ -129,6 +131,7 @@ class Optimizer(keras.optimizers.Optimizer):
     rule: Any
     slots: Slots | tuple[Slots, ...] = ()
     model_rule: ModelRule | None = None
+    upkeep: Any = None
     evaluation: Evaluation | None = None
     elementwise = True  # whether each element's step depends on it alone
 

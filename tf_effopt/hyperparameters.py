@@ -204,12 +204,15 @@ class DecayRate(Number):
     Args:
         allow_one: whether 1, an average that never moves, is allowed.
         allow_zero: whether 0, an average that keeps nothing, is allowed.
+        optional: whether `None` is allowed; what it means is the class's affair.
     """
 
     low, high, open_high = 0, 1, True
 
-    def __init__(self, allow_one: bool = False, allow_zero: bool = True):
-        super().__init__()
+    def __init__(
+        self, allow_one: bool = False, allow_zero: bool = True, optional: bool = False
+    ):
+        super().__init__(optional)
         self.open_high = not allow_one
         self.open_low = not allow_zero
 

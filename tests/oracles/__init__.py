@@ -12,6 +12,6 @@ tensors, and the model's own state in `shared`.
 from __future__ import annotations
 
 from .stages import clipped, train, trajectory
-from .table import RULES, UNUSED_RULES
+from .table import RULES
 
-__all__ = ["RULES", "UNUSED_RULES", "clipped", "train", "trajectory"]
+__all__ = ["RULES", "clipped", "train", "trajectory"]

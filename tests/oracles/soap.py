@@ -34,7 +34,7 @@ def soap(g, w, state, t, lr, settings):
     b2 = settings.get("beta_2", 0.95)
     b_sh = settings.get("shampoo_beta", b2)
     eps = settings.get("epsilon", 1e-8)
-    decay = settings.get("weight_decay") or 0.0
+    decay = settings.get("weight_decay", 0.01)
     longest = settings.get("max_precondition_dim", 10000)
     axes = [k for k in range(g.ndim) if g.ndim > 1 and g.shape[k] <= longest]
 
@@ -50,8 +50,11 @@ def soap(g, w, state, t, lr, settings):
         state["momentum"] = state["velocity"] = np.zeros_like(g)
         count_in(g)
         for k in axes:
-            _, vectors = np.linalg.eigh(state[f"statistics_{k}"])
-            state[f"basis_{k}"] = vectors[:, ::-1]
+            values, vectors = np.linalg.eigh(state[f"statistics_{k}"])
+            known = vectors[:, ::-1] * (values[::-1] > 1e-12 * values[-1])
+            # Of eigenvectors for 0, which are arbitrary, those of Householder.
+            basis, r = np.linalg.qr(known)
+            state[f"basis_{k}"] = basis * np.where(np.diag(r) < 0, -1.0, 1.0)
         return np.zeros_like(g)
 
     t = t - 1

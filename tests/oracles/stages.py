@@ -6,14 +6,14 @@ import re
 
 import numpy as np
 
-from .table import DECAY_INSIDE, DEFAULT_DECAY, OF_ALL_TENSORS, RULES, UNUSED_RULES
+from .table import DECAY_INSIDE, DEFAULT_DECAY, OF_ALL_TENSORS, RULES
 
 
 def train(class_name, settings, weights, gradients, learning_rates, names=None):
     """Runs a rule with the shared stages around it.
 
     Args:
-        class_name: of `RULES` or `UNUSED_RULES`.
+        class_name: of `RULES`.
         settings: the optimizer's arguments.
         weights: float64 arrays, one for each tensor.
         gradients: for each micro-step a list of arrays.
@@ -37,7 +37,7 @@ def trajectory(class_name, settings, weights, gradients, learning_rates, names=N
     A fourth value is the state of the whole model. The dicts are the same
     objects each time.
     """
-    rule = (RULES | UNUSED_RULES)[class_name]
+    rule = RULES[class_name]
     weights = [np.array(w, "float64") for w in weights]
     states = [{} for _ in weights]
     averages = [np.array(w) for w in weights]

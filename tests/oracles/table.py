@@ -26,11 +26,10 @@ RULES = {
     "RAdam": radam,
     "RMSprop": rmsprop,
     "SGD": sgd,
+    "SOAP": soap,
     "ScheduleFreeAdamW": schedule_free_adamw,
     "Yogi": yogi,
 }
-# No optimizer of the package has them yet.
-UNUSED_RULES = {"SOAP": soap}
 # Their rules take lists over the tensors.
 OF_ALL_TENSORS = {"Prodigy", "ScheduleFreeAdamW"}
 # Their rules do their own weight decay.

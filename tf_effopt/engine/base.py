@@ -213,6 +213,7 @@ def make_plan(
             numbers[OPTIMIZER, name] = kind
     variables = _describe(optimizer, state, binder)
     bound_model = binder.bind_model(model)
+    upkeep = optimizer.upkeep
     transforms = tuple(
         _bind_transform(transform, number, numbers)
         for number, transform in enumerate(optimizer.transforms, 1)
@@ -221,6 +222,7 @@ def make_plan(
         numbers=numbers,
         transforms=transforms,
         model=bound_model,
+        upkeep=None if upkeep is None else binder.bind(upkeep),
         evaluation=binder.bind_evaluation(optimizer.evaluation),
         rounding=optimizer.rounding,
         accumulation_steps=optimizer.gradient_accumulation_steps or 1,

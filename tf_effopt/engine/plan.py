@@ -109,6 +109,7 @@ class Plan:
             (owner, name) -> descriptor.
         transforms: in their order.
         model: the optimizer's own model rule, or None.
+        upkeep: work on the slots of all tensors together, or None.
         evaluation: how to go to other weights for evaluation, or None. The
             model's slot `EVALUATING` tells which are in place.
         rounding: one of `precision.ROUNDINGS`.
@@ -120,6 +121,7 @@ class Plan:
     numbers: dict[tuple[int, str], Any]
     transforms: tuple[BoundTransform, ...]
     model: BoundModelRule | None
+    upkeep: Bound | None
     evaluation: BoundEvaluation | None
     rounding: str
     accumulation_steps: int

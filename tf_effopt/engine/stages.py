@@ -6,7 +6,8 @@
  4. accumulation
  5. clipping; a global norm is that of all trained variables
  6. gradient transforms, in their order; one may skip the whole step
- 7. each tensor's learning rate, then the rule
+ 7. each tensor's learning rate, then the rule; at the end of the update what a
+    rule does for the slots of all tensors together
  8. update transforms, in their order
  9. decoupled weight decay, of the weight before the step
 10. one rounding on write
@@ -42,7 +43,7 @@ from tf_effopt.engine.gradients import (
 )
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.plan import OPTIMIZER, Arguments, Plan
-from tf_effopt.engine.updates import updated
+from tf_effopt.engine.updates import updated, upkept
 
 
 @dataclasses.dataclass
@@ -125,6 +126,8 @@ def step(inputs: Inputs) -> tuple[list[dict], Outcome]:
         arguments = Arguments(plan, scalars, inputs.t)
         arguments.numbers = work.arguments.numbers | {OPTIMIZER: numbers}
         after = updated(inputs, before, work.gradients, arguments)
+        if plan.upkeep is not None:
+            after = upkept(inputs, after, work.gradients, arguments)
         return after, model, mark * 0.0
 
     after, model, mark = ops.cond(proceed, update, lambda: (before, model_before, mark))

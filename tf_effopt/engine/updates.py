@@ -58,6 +58,26 @@ def _update_one(
     return after
 
 
+def upkept(
+    inputs: Inputs, state: list[dict], gradients: list[Any], arguments: Arguments
+) -> list[dict]:
+    """The state with the slots that all tensors of a dtype get together."""
+    after = list(state)
+    dtypes: dict[str, list[int]] = {}
+    for i, (v, g) in enumerate(zip(inputs.variables, gradients, strict=True)):
+        if g is not None:
+            dtypes.setdefault(v.compute_dtype, []).append(i)
+    for dtype, members in dtypes.items():
+        slots = inputs.plan.upkeep(
+            [gradients[i] for i in members],
+            [state[i]["slots"] for i in members],
+            arguments=arguments.of(OPTIMIZER, dtype),
+        )
+        for i, own in zip(members, slots, strict=True):
+            after[i] = state[i] | {"slots": own}
+    return after
+
+
 def _at_training(
     inputs: Inputs, v: TrainedVariable, tensors: dict, arguments: Arguments
 ) -> Any:

@@ -14,10 +14,12 @@ from tf_effopt.optimizers.radam import RAdam
 from tf_effopt.optimizers.rmsprop import RMSprop
 from tf_effopt.optimizers.schedule_free_adamw import ScheduleFreeAdamW
 from tf_effopt.optimizers.sgd import SGD
+from tf_effopt.optimizers.soap import SOAP
 from tf_effopt.optimizers.yogi import Yogi
 
 __all__ = [
     "SGD",
+    "SOAP",
     "Adafactor",
     "Adam",
     "AdamW",

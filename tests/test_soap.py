@@ -1,0 +1,195 @@
+"""SOAP: its bases, and Adam where there are none."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import tf_effopt
+from tf_effopt import linalg
+
+SETTINGS = {"learning_rate": 0.02, "beta_1": 0.9, "beta_2": 0.99, "epsilon": 1e-4}
+
+
+def gradients(shape, steps, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=shape).astype("float32") for _ in range(steps)]
+
+
+def run(optimizer, start, gs, dtype="float32"):
+    """The weights after each update."""
+    w = keras.Variable(start, dtype=dtype)
+    after = []
+    for g in gs:
+        optimizer.apply([ops.convert_to_tensor(g, dtype)], [w])
+        after.append(w.numpy())
+    return after
+
+
+def slots_of(optimizer) -> dict[str, np.ndarray]:
+    (tensors,) = optimizer._engine.state
+    return {letter: v.numpy() for letter, v in tensors["slots"].items()}
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (7,), (), (2, 3, 4)])
+def test_without_a_basis_it_is_adam_from_the_second_gradient_on(shape):
+    gs = gradients(shape, 25)
+    start = np.ones(shape, "float32")
+    soap = tf_effopt.SOAP(
+        **SETTINGS, weight_decay=0.0, max_precondition_dim=1, precondition_frequency=2
+    )
+    ours = run(soap, start, gs)
+    adam = run(tf_effopt.Adam(**SETTINGS), start, gs[1:])
+    np.testing.assert_array_equal(ours[0], start)
+    np.testing.assert_allclose(ours[1:], adam, rtol=0, atol=1e-6)
+
+
+def test_gradients_along_the_axes_make_it_adam():
+    """The bases are then a permutation of the identity's columns."""
+    scales = np.array([3.0, 1.0, 2.0, 0.5], "float32")
+    rng = np.random.default_rng(0)
+    gs = [
+        np.diag(scales * (2 + rng.normal(size=4))).astype("float32") for _ in range(9)
+    ]
+    gs[0] = np.diag(scales)
+    start = np.ones((4, 4), "float32")
+    soap = tf_effopt.SOAP(**SETTINGS, weight_decay=0.0, precondition_frequency=2)
+    ours = run(soap, start, gs)
+    adam = run(tf_effopt.Adam(**SETTINGS), start, gs[1:])
+    np.testing.assert_allclose(ours[1:], adam, rtol=0, atol=1e-6)
+
+
+def test_a_rotation_of_the_problem_rotates_the_weights():
+    """What Adam hasn't got: rows turned by U, columns by V."""
+    rng = np.random.default_rng(1)
+    U, _ = np.linalg.qr(rng.normal(size=(4, 4)))
+    V, _ = np.linalg.qr(rng.normal(size=(4, 4)))
+    gs = gradients((4, 4), 30)
+    start = rng.normal(size=(4, 4))
+
+    def last(optimizer, turned):
+        found = run(
+            optimizer(**SETTINGS),
+            U @ start @ V if turned else start,
+            [U @ g @ V if turned else g for g in gs],
+            "float64",
+        )[-1]
+        return U.T @ found @ V.T if turned else found
+
+    def difference(optimizer):
+        return np.max(np.abs(last(optimizer, True) - last(optimizer, False)))
+
+    assert difference(tf_effopt.SOAP) < 1e-9
+    assert difference(tf_effopt.Adam) > 1e-2
+
+
+def test_bases_stay_orthonormal_and_find_the_eigenvectors():
+    rng = np.random.default_rng(0)
+    left, _ = np.linalg.qr(rng.normal(size=(24, 24)))
+    scales = 1.3 ** -np.arange(24.0)
+    gs = [(left * scales) @ rng.normal(size=(24, 6)) for _ in range(400)]
+    optimizer = tf_effopt.SOAP(shampoo_beta=0.99, precondition_frequency=1)
+    run(optimizer, np.zeros((24, 6)), gs)
+    slots = {k: x.astype("float64") for k, x in slots_of(optimizer).items()}
+    for basis in (slots["Q0"], slots["Q1"]):
+        assert np.max(np.abs(basis.T @ basis - np.eye(len(basis)))) < 2e-6
+    inside = slots["Q0"].T @ slots["L0"] @ slots["Q0"]
+    values = np.diag(inside)
+    assert np.linalg.norm(inside - np.diag(values)) < 0.05 * np.linalg.norm(inside)
+    assert np.all(values[1:] < 1.1 * values[:-1])
+
+
+@pytest.mark.parametrize(
+    "gs",
+    [
+        [np.zeros((5, 3))] * 8,
+        [np.zeros((5, 3))] * 3 + gradients((5, 3), 5),
+        [np.ones((5, 3))] * 8,
+        [1e-30 * g for g in gradients((5, 3), 8)],
+        [1e25 * g for g in gradients((5, 3), 8)],
+    ],
+    ids=["zero", "zero_first", "rank_one", "underflow", "overflow"],
+)
+def test_any_finite_gradient_leaves_weights_finite_and_bases_orthonormal(gs):
+    optimizer = tf_effopt.SOAP(precondition_frequency=2)
+    after = run(optimizer, np.ones((5, 3)), gs)
+    assert np.all(np.isfinite(after))
+    for k, n in enumerate((5, 3)):
+        basis = slots_of(optimizer)[f"Q{k}"]
+        np.testing.assert_allclose(basis.T @ basis, np.eye(n), atol=2e-6)
+
+
+def test_rounding_does_not_choose_a_basis():
+    """Where the first gradient says nothing, a change of 1e-7 changes nothing."""
+    rng = np.random.default_rng(0)
+    g = rng.normal(size=(30, 2)) @ rng.normal(size=(2, 40))
+
+    def bases(noise):
+        optimizer = tf_effopt.SOAP()
+        run(optimizer, np.zeros(g.shape), [g * (1 + noise * rng.normal(size=g.shape))])
+        return slots_of(optimizer)
+
+    one, other = bases(0.0), bases(1e-7)
+    for k in range(2):
+        np.testing.assert_allclose(one[f"Q{k}"], other[f"Q{k}"], atol=1e-5)
+
+
+def test_rounding_moves_nothing():
+    """A gradient of rank one has no share in 24 of 25 directions, but in float32."""
+    rng = np.random.default_rng(0)
+    row, column = rng.integers(1, 20, size=(2, 5))
+    gs = [np.outer(row, column) * x for x in rng.integers(1, 9, size=40)]  # exact
+    start = np.zeros((5, 5))
+
+    def last(dtype):
+        optimizer = tf_effopt.SOAP(learning_rate=0.01, precondition_frequency=3)
+        return run(optimizer, start, gs, dtype)[-1]
+
+    # As it stands in the paper, rounding moves the weights by 24 learning rates.
+    assert np.max(np.abs(last("float32") - last("float64"))) < 0.01
+
+
+def test_frequency_may_change_while_training():
+    gs = gradients((4, 3), 12)
+    optimizer = tf_effopt.SOAP(precondition_frequency=2)
+    w = keras.Variable(np.ones((4, 3), "float32"))
+    changed = []
+    for t, g in enumerate(gs, 1):
+        before = slots_of(optimizer)["Q0"] if t > 1 else np.zeros((4, 4))
+        optimizer.apply([ops.convert_to_tensor(g)], [w])
+        if np.any(slots_of(optimizer)["Q0"] != before):
+            changed.append(t)
+        if t == 5:
+            optimizer.precondition_frequency = 5
+    assert changed == [1, 3, 5, 6, 11]
+    (program,) = (p for ps in optimizer._engine._programs.values() for p in ps)
+    assert program.run_function.experimental_get_tracing_count() == 1
+
+
+def test_a_tensor_whose_first_gradient_comes_late_trains():
+    early, late = (keras.Variable(np.ones((3, 3), "float32")) for _ in range(2))
+    optimizer = tf_effopt.SOAP(precondition_frequency=3, weight_decay=0.0)
+    optimizer.build([early, late])
+    for t, g in enumerate(gradients((3, 3), 20)):
+        g = ops.convert_to_tensor(g + 1)
+        optimizer.apply([g, g if t > 4 else None], [early, late])
+    for w in (early, late):
+        assert np.all(np.isfinite(w.numpy()))
+        assert np.mean(w.numpy()) < 0.99
+
+
+def test_equal_shapes_are_factorized_together():
+    shapes = []
+
+    def function(a, b):
+        shapes.append(a.shape)
+        return a + b, 2 * a
+
+    xs = [np.full(shape, i) for i, shape in enumerate([(2, 2), (3, 3), (2, 2)])]
+    found = linalg.together(function, xs, xs)
+    assert shapes == [(2, 2, 2), (1, 3, 3)]
+    for i, (x, (total, double)) in enumerate(zip(xs, found, strict=True)):
+        assert total.shape == double.shape == x.shape
+        assert np.all(ops.convert_to_numpy(total) == 2 * i)
