@@ -121,6 +121,17 @@ OWN = {
         "estimate_coefficient": POSITIVE,
     },
     "RAdam": {**BETAS, "epsilon": POSITIVE},
+    "SOAP": {
+        **BETAS,
+        "shampoo_beta": or_none(DECAY_RATE),
+        "epsilon": POSITIVE,
+        "weight_decay": NON_NEGATIVE,
+        "precondition_frequency": count(1),
+        "max_precondition_dim": (
+            "an integer of at least 1",
+            [0, -1, 1.5, None, True, "1", NAN],
+        ),
+    },
     "ScheduleFreeAdamW": {
         "beta_1": (r"in \(0, 1\)", [0, 0.0, *DECAY_RATE[1]]),
         "beta_2": DECAY_RATE,
@@ -351,6 +362,9 @@ STRUCTURAL = [
     ("Muon", {}, "iteration", "polar_express"),
     ("Muon", {}, "roles", {"entries": []}),
     ("Muon", {}, "rms_rate", None),
+    ("SOAP", {}, "shampoo_beta", 0.9),
+    ("SOAP", {}, "precondition_frequency", None),
+    ("SOAP", {}, "max_precondition_dim", 5),
     ("ScheduleFreeAdamW", {}, "warmup_steps", 5),
     ("ScheduleFreeAdamW", {"warmup_steps": 5}, "warmup_steps", 0),
     ("Yogi", {}, "bias_correction", False),

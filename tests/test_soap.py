@@ -193,3 +193,15 @@ def test_equal_shapes_are_factorized_together():
     for i, (x, (total, double)) in enumerate(zip(xs, found, strict=True)):
         assert total.shape == double.shape == x.shape
         assert np.all(ops.convert_to_numpy(total) == 2 * i)
+
+
+def test_orthonormal_columns_keep_their_direction():
+    rng = np.random.default_rng(0)
+    signs = np.array([1.0, -1.0, 1.0, -1.0])
+    columns = np.diag(signs) + 0.1 * rng.normal(size=(4, 4))
+    columns[:, 2] = 0.0
+    (q,) = ops.convert_to_numpy(linalg.orthonormal(columns[None]))
+    np.testing.assert_allclose(q.T @ q, np.eye(4), atol=1e-12)
+    along = np.sum(q * columns, axis=0)
+    assert np.all(along[[0, 1, 3]] > 0.5)
+    assert abs(along[2]) < 1e-12

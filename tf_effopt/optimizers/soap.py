@@ -147,8 +147,12 @@ class SOAP(Optimizer):
     an n x n matrix takes `16 * n**3` multiplications and additions, and the first
     solves an eigenproblem, slowly in XLA: on 2 CPU cores 15 ms for 128 x 128,
     1 to 2 s for 512 x 512, over 10 s for 768 x 768. Lower
-    `max_precondition_dim` then. A tensor that gets its first gradient later
-    than others starts with the identity as its bases.
+    `max_precondition_dim` then. In float32, eigenvectors for eigenvalues below
+    some 1e-4 of the largest are rounding's choice, and steps along them too: two
+    runs that add in another order (1 device or 2) drift apart there.
+
+    A tensor that gets its first gradient later than others starts with the
+    identity as its bases.
 
     Reference: Vyas et al., 2024, https://arxiv.org/abs/2409.11321; authors'
     code: https://github.com/nikhilvyas/SOAP
