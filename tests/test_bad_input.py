@@ -54,6 +54,7 @@ SHARED = {
     ),
     "lazy": SWITCH,
     "transforms": ("", []),  # has tests of its own
+    "groups": ("", []),  # has tests of its own
 }
 BETAS = {"beta_1": DECAY_RATE, "beta_2": DECAY_RATE}
 ADAM = {

@@ -462,7 +462,7 @@ def test_errors_of_roles():
     with pytest.raises(ValueError, match="isn't built"):
         tf_effopt.roles(keras.Sequential([keras.layers.Dense(2)]))
     model = small_model()
-    with pytest.raises(ValueError, match="matches no trainable variable; near are"):
+    with pytest.raises(ValueError, match="matches no trainable variable; the nearest"):
         tf_effopt.roles(model, {"frist/kernel": "head"})
     with pytest.raises(ValueError, match="'embedding', 'head' or 'other'|must be one"):
         tf_effopt.roles(model, {"first": "inner"})

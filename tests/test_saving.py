@@ -156,6 +156,22 @@ def test_loss_scale_optimizer_is_saved_with_its_inner_one(tmp_path):
     assert_identical(cases.train(loaded, STEPS), expected)
 
 
+@pytest.mark.parametrize("name", ["adam", "adafactor", "schedule_free_adamw"])
+@pytest.mark.parametrize("rate", [0.25, None], ids=["number", "schedule"])
+def test_model_that_was_saved_before_it_trained(name, rate, tmp_path):
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.25, 10, 0.5)
+    optimizer = BY_NAME[name].make(learning_rate=rate or schedule, use_ema=True)
+    model = cases.compiled_model(optimizer)
+    if rate:
+        optimizer.learning_rate = 0.5
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert float(loaded.optimizer.learning_rate) == (0.5 if rate else 0.25)
+    loaded.compile(loaded.optimizer, loss="mse", jit_compile=False)
+    expected = everything(cases.train(model, STEPS))
+    assert_identical(cases.train(loaded, STEPS), expected)
+
+
 # ------------------------------------------------------------ configuration
 
 

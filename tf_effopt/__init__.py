@@ -17,6 +17,7 @@ except ImportError as error:
 
 from tf_effopt import callbacks, hyperparameters, rules, transforms
 from tf_effopt.base import Optimizer
+from tf_effopt.groups import Group
 from tf_effopt.layer_roles import roles
 from tf_effopt.loss_scale import LossScaleOptimizer
 from tf_effopt.optimizers import (
@@ -47,6 +48,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "GradientDescent",
+    "Group",
     "Lamb",
     "Lars",
     "Lion",

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tf_effopt import engine, saving
+from tf_effopt import description, engine, saving
 from tf_effopt.arguments import constructor_arguments, unknown_argument
 from tf_effopt.checks import (
     as_int,
@@ -26,7 +26,7 @@ from tf_effopt.checks import (
 )
 from tf_effopt.engine.base import check_dtype, dtype_name
 from tf_effopt.engine.plan import EVALUATING, OPTIMIZER
-from tf_effopt.exclusions import Exclusions
+from tf_effopt.groups import Group, checked_groups, frozen_indices
 from tf_effopt.hyperparameters import (
     Choice,
     Count,
@@ -38,6 +38,7 @@ from tf_effopt.hyperparameters import (
 from tf_effopt.paths import path_of
 from tf_effopt.precision import ROUNDINGS, compute_dtype, is_narrow
 from tf_effopt.rules import Evaluation, ModelRule, Part, Slot, Slots, slot_groups
+from tf_effopt.selection import Selection, Trained, decay_exclusions
 from tf_effopt.transforms.base import Transform
 
 EXCLUSIONS = "exclude_from_weight_decay"  # in a configuration
@@ -115,6 +116,8 @@ class Optimizer(keras.optimizers.Optimizer):
             `"nearest"` (small steps are lost). Slots are float32 for them.
         transforms: list of `tf_effopt.transforms`, which change the gradient
             before the rule or the step after it, in this order, after clipping.
+        groups: list of `tf_effopt.Group`: variables with a learning-rate
+            multiplier or a weight decay of their own, or frozen.
         lazy: bool. An embedding's gradient has only the rows that were looked
             up. If True, only these rows' weights, slots and decay move, at
             the cost of these rows; else the result equals that of a dense
@@ -162,6 +165,7 @@ class Optimizer(keras.optimizers.Optimizer):
         rounding="stochastic",
         lazy=False,
         transforms=(),
+        groups=(),
         name=None,
         **kwargs,
     ):
@@ -189,13 +193,16 @@ class Optimizer(keras.optimizers.Optimizer):
         )
         self.rounding = rounding
         self.lazy = lazy
-        # Past Keras's and TensorFlow's tracking, which would wrap the list.
+        # Past Keras's and TensorFlow's tracking, which would wrap the lists.
         self.__dict__["_transforms"] = checked_transforms(transforms)
+        self.__dict__["_groups"] = checked_groups(groups)
         self._check_lazy()
         self._engine = engine.create(self)
         self._part: Part | None = None
         self._skipped_before = 0
-        self._decay_exclusions = Exclusions()
+        self._decay_exclusions = Selection()
+        self.undecayed: frozenset[int] = frozenset()
+        self._frozen: frozenset[int] = frozenset()
         self._state_to_load = None
 
     def __init_subclass__(cls, **kwargs):
@@ -243,8 +250,8 @@ class Optimizer(keras.optimizers.Optimizer):
             variables: the trained variables, `model.trainable_variables`.
 
         Raises:
-            ValueError: a variable's dtype can't be trained, or it belongs to
-                another strategy.
+            ValueError: a variable's dtype can't be trained, it belongs to
+                another strategy, or a group has a member that isn't there.
         """
         if not self.built:
             variables = checked_variables(variables)
@@ -252,6 +259,7 @@ class Optimizer(keras.optimizers.Optimizer):
                 if not self._overwrite_variable_with_gradient(variable):
                     check_dtype(variable)
                     self._engine.check_variable(variable)
+            self._find_members(Trained(variables))
             with self._engine.building():
                 super().build(variables)  # averages, then accumulators
                 state = self._build_state(variables)
@@ -260,6 +268,13 @@ class Optimizer(keras.optimizers.Optimizer):
             with self._engine.building():
                 self._assign_state(self._state_to_load)
             self._state_to_load = None
+
+    def _find_members(self, trained: Trained) -> None:
+        for group in self.groups:
+            group.find(trained)
+        self._frozen = frozen_indices(self.groups)
+        found = self._decay_exclusions.find(trained)
+        self.undecayed = frozenset(i for places in found for i in places)
 
     def _build_state(self, variables: list[Any]) -> list[dict | None]:
         """Makes the slots; returns each variable's state (see `Engine`)."""
@@ -315,12 +330,17 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def owners(self) -> list[Any]:
         """Whose hyper-parameters the update reads: this optimizer's come first."""
-        return [self, *self.transforms]
+        return [self, *self.transforms, *self.groups]
 
     @property
     def transforms(self) -> tuple[Transform, ...]:
         """What stands before and after the rule, in its order."""
         return self.__dict__["_transforms"]
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups, in their order."""
+        return self.__dict__["_groups"]
 
     def part(self, path: str, shape: tuple[int, ...]) -> Part:
         """The rule and the slots of one variable.
@@ -419,7 +439,9 @@ class Optimizer(keras.optimizers.Optimizer):
         """
         grads = checked_gradients(grads)
         variables = self.matching_variables(grads, trainable_variables)
-        grads, variables = without_none(grads, variables)
+        grads, variables = self._without_frozen(grads, variables)
+        if variables:
+            grads, variables = without_none(grads, variables)
         if self._trained_by_gradient_values(variables):
             grads, variables = self._overwrite_variables_directly_with_gradients(
                 grads, variables
@@ -428,6 +450,14 @@ class Optimizer(keras.optimizers.Optimizer):
             return self._engine.count_step()
         indices = [self._get_variable_index(v) for v in variables]
         return self._engine.apply(list(grads), indices)
+
+    def _without_frozen(self, grads: list, variables: list) -> tuple[list, list]:
+        kept = [
+            i
+            for i, v in enumerate(variables)
+            if self._get_variable_index(v) not in self._frozen
+        ]
+        return [grads[i] for i in kept], [variables[i] for i in kept]
 
     def scale_loss(self, loss: Any) -> Any:
         """Returns the loss times `loss_scale_factor`, as it is now."""
@@ -479,7 +509,9 @@ class Optimizer(keras.optimizers.Optimizer):
             "    model.compile(optimizer=optimizer, ...)"
         )
 
-    def carry_over(self, variables: list[Any]) -> Optimizer:
+    def carry_over(
+        self, variables: list[Any], groups: list[Group] | None = None
+    ) -> Optimizer:
         """Returns this optimizer for other variables, with the state it has.
 
         For after layers were frozen, unfrozen or added: the state of variables
@@ -487,11 +519,12 @@ class Optimizer(keras.optimizers.Optimizer):
 
         Args:
             variables: those that the new optimizer is to train.
+            groups: None for this one's groups, or others, as in the constructor.
 
         Returns:
             An optimizer with this one's settings, built on `variables`.
         """
-        other = self._unbuilt_copy()
+        other = self._unbuilt_copy(groups=groups)
         other.build(variables)
         if not self.built:
             return other
@@ -504,15 +537,18 @@ class Optimizer(keras.optimizers.Optimizer):
         other._iterations.assign(keras.ops.copy(self._iterations.value))
         return other
 
-    def _unbuilt_copy(self) -> Optimizer:
-        config = self.get_config()
+    def _unbuilt_copy(self, groups: Any = None, memo: dict | None = None) -> Optimizer:
+        config, memo = self.get_config(), memo or {}
         config.pop(EXCLUSIONS, None)
         if not isinstance(self._learning_rate, keras.Variable):
             config["learning_rate"] = self._learning_rate
         config["transforms"] = [x.from_config(x.get_config()) for x in self.transforms]
+        if groups is None:
+            groups = [group.copy(memo) for group in self.groups]
+        config["groups"] = groups
         with self._engine.building():  # under this one's strategy
             other = type(self)(**config)
-        other._decay_exclusions = self._decay_exclusions.copy()
+        other._decay_exclusions = self._decay_exclusions.copy(memo)
         return other
 
     def __deepcopy__(self, memo: dict) -> Optimizer:
@@ -520,7 +556,7 @@ class Optimizer(keras.optimizers.Optimizer):
 
         In a deep copy of a whole model, for the copies of its variables.
         """
-        other = self._unbuilt_copy()
+        other = self._unbuilt_copy(memo=memo)
         memo[id(self)] = other
         if self.built:
             other.build([memo.get(id(v), v) for v in self._trainable_variables])
@@ -635,13 +671,22 @@ class Optimizer(keras.optimizers.Optimizer):
                 "is built, that is before the first step: the compiled update "
                 "holds the choice."
             )
-        self._decay_exclusions = Exclusions.of(
-            () if var_list is None else var_list, () if var_names is None else var_names
-        )
+        self._decay_exclusions = decay_exclusions(var_list, var_names)
 
-    def _decays(self, variable: Any, index: int) -> bool:
-        paths = {path_of(v) for v in self._trainable_variables}
-        return not self._decay_exclusions.has(variable, index, paths)
+    def describe(self) -> str:
+        """A table of the variables: shape, rule, learning rate, weight decay.
+
+        The learning rate is the multiplier of the variable's groups, as it is now.
+
+        Raises:
+            ValueError: the optimizer isn't built yet.
+        """
+        if not self.built:
+            raise ValueError(
+                "`describe` needs an optimizer that was built: call "
+                "`optimizer.build(model.trainable_variables)` first."
+            )
+        return description.described(self)
 
     # --------------------------------------------------------------- saving
 
@@ -655,9 +700,9 @@ class Optimizer(keras.optimizers.Optimizer):
         config["transforms"] = [
             keras.saving.serialize_keras_object(x) for x in self.transforms
         ]
-        exclusions = self._decay_exclusions.get_config(self._trainable_variables)
-        if exclusions:
-            config[EXCLUSIONS] = exclusions
+        config["groups"] = [keras.saving.serialize_keras_object(x) for x in self.groups]
+        if self._decay_exclusions:
+            config[EXCLUSIONS] = self._decay_exclusions.get_config()
         return config
 
     @classmethod
@@ -665,13 +710,14 @@ class Optimizer(keras.optimizers.Optimizer):
         """Makes an optimizer from what `get_config` returned."""
         config = dict(config)
         exclusions = config.pop(EXCLUSIONS, None)
-        config["transforms"] = [
-            keras.saving.deserialize_keras_object(x, custom_objects=custom_objects)
-            for x in config.get("transforms", ())
-        ]
+        for name in ("transforms", "groups"):
+            config[name] = [
+                keras.saving.deserialize_keras_object(x, custom_objects=custom_objects)
+                for x in config.get(name, ())
+            ]
         optimizer = super().from_config(config, custom_objects=custom_objects)
         if exclusions:
-            optimizer._decay_exclusions = Exclusions(**exclusions)
+            optimizer._decay_exclusions = Selection.of(exclusions)
         return optimizer
 
     def load_own_variables(self, store: Any) -> None:
@@ -695,6 +741,9 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def _assign_state(self, state: list[np.ndarray]) -> None:
         variables = self.variables
+        unbuilt = 1 + isinstance(self._learning_rate, keras.Variable)
+        if len(state) == unbuilt and int(state[0]) == 0:
+            variables = variables[:unbuilt]  # It was saved before `build`.
         if not saving.fits(state, variables):
             first = self._slots_start
             slots = self.convert_keras_slots(state[first:], steps=int(state[0]))

@@ -53,12 +53,19 @@ class Hyperparameter:
                     f"`{self.name}` can't change from "
                     f"{values[self.name]!r} to {value!r} after the optimizer "
                     "was built: it decides which state and which operations "
-                    "the compiled update has. Make a new optimizer with "
-                    f"{self.name}={value!r}; `carry_over(variables)` shows "
-                    "how to keep the state."
+                    f"the compiled update has. {self.advice(optimizer, value)}"
                 )
             optimizer._engine.set_hyperparameter(optimizer, self.name, value)
         values[self.name] = value
+
+    def advice(self, optimizer: Any, value: Any) -> str:
+        """What to do where a change comes too late."""
+        if hasattr(optimizer, "advice_on_change"):
+            return optimizer.advice_on_change(self.name, value)
+        return (
+            f"Make a new optimizer with {self.name}={value!r}; "
+            "`carry_over(variables)` shows how to keep the state."
+        )
 
     def check(self, value: Any) -> Any:
         """Returns `value` as it is to be kept, or raises `ValueError`."""

@@ -16,7 +16,7 @@ from typing import Any
 import keras
 
 from tf_effopt.engine.keras_hooks import own_history, sublayers
-from tf_effopt.paths import closest, path_of, same_path
+from tf_effopt.paths import ends, nearest_paths, path_of
 from tf_effopt.rules import Matrices
 
 HIDDEN, EMBEDDING, HEAD, OTHER = KINDS = ("hidden", "embedding", "head", "other")
@@ -81,12 +81,15 @@ class Roles:
         """
         of_shape = [(p, role) for p, s, role in self._entries if s == tuple(shape)]
         found = [role for p, role in of_shape if p == path]
-        found = found or [role for p, role in of_shape if same_path(p, path)]
+        # `load_model` takes the names of a `Sequential` off its variables.
+        found = found or [
+            role for p, role in of_shape if p in ends(path) or path in ends(p)
+        ]
         if not found:
-            near = closest(path, [p for p, _, _ in self._entries])
+            near = nearest_paths(path, [p for p, _, _ in self._entries])
             raise ValueError(
-                f"`roles` has no variable {path!r} of shape {tuple(shape)}"
-                f"{near}. It was read from another model, or before a layer was "
+                f"`roles` has no variable {path!r} of shape {tuple(shape)}; the "
+                f"nearest paths are {', '.join(near)}. It was read from another model, or before a layer was "
                 "added or renamed: call `tf_effopt.roles(model)` again."
             )
         # Of two with the same path, neither is taken for what it may not be.
@@ -221,9 +224,10 @@ def _overridden(entries: list, override: Mapping[str, str]) -> tuple[list, bool]
             i for i, (path, _, _) in enumerate(entries) if re.search(pattern, path)
         ]
         if not places:
-            near = closest(pattern, [path for path, _, _ in entries])
+            near = nearest_paths(pattern, [path for path, _, _ in entries])
             raise ValueError(
-                f"The pattern {pattern!r} matches no trainable variable{near}."
+                f"The pattern {pattern!r} matches no trainable variable; the nearest "
+                f"paths are {', '.join(near)}."
             )
         for i in places:
             path, shape, role = entries[i]

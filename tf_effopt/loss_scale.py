@@ -111,12 +111,15 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """Takes variables out of the inner optimizer's weight decay."""
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
-    def carry_over(self, variables: list[Any]) -> LossScaleOptimizer:
+    def carry_over(
+        self, variables: list[Any], groups: list[Any] | None = None
+    ) -> LossScaleOptimizer:
         """Returns this optimizer for other variables, with the state it has.
 
         See `tf_effopt.Optimizer.carry_over`.
         """
-        return self._with_state_of_the_scale(self.inner_optimizer.carry_over(variables))
+        inner = self.inner_optimizer.carry_over(variables, groups=groups)
+        return self._with_state_of_the_scale(inner)
 
     def __deepcopy__(self, memo: dict) -> LossScaleOptimizer:
         other = self._with_state_of_the_scale(copy.deepcopy(self.inner_optimizer, memo))

@@ -27,17 +27,20 @@ def matches(patterns: Iterable[str], path: str) -> bool:
     return any(re.search(pattern, path) for pattern in patterns)
 
 
-def same_path(one: str, other: str) -> bool:
-    """Whether two paths are equal, but for the name of the model in front.
-
-    `keras.models.load_model` takes a `Sequential`'s name off its variables.
-    """
-    one, other = sorted((one, other), key=len)
-    _, _, within_model = other.partition("/")
-    return one == other or ("/" in one and one == within_model)
+def ends(path: str) -> list[str]:
+    """A path without its first components, as long as two are left."""
+    parts = path.split("/")
+    return ["/".join(parts[i:]) for i in range(1, len(parts) - 1)]
 
 
-def closest(path: str, paths: Iterable[str]) -> str:
-    """`; near are ...`, for an error about a path that isn't there."""
-    near = difflib.get_close_matches(path, list(paths), n=3, cutoff=0.3)
-    return f"; near are {', '.join(map(repr, near))}" if near else ""
+def nearest_paths(text: str, paths: Iterable[str], n: int = 5) -> list[str]:
+    """The paths that are likest to a text, as a whole or in one component."""
+
+    def likeness(path: str) -> float:
+        words = text.lower()
+        return max(
+            difflib.SequenceMatcher(None, words, part.lower()).ratio()
+            for part in (path, *path.split("/"))
+        )
+
+    return sorted(dict.fromkeys(paths), key=likeness, reverse=True)[:n]

@@ -67,16 +67,17 @@ class Part:
             rule gets all tensors of a shape at once, `(n, inputs, outputs)`:
             it works on the last two axes. So do its slots, if they have the
             weight's shape; of others, the first axis counts the matrices.
-        weight_decay: the hyper-parameter that decays these tensors.
         name: for people: which of the optimizer's rules this is.
+        weight_decay: the name of the class's hyper-parameter that decays these
+            tensors. A rule that decays itself takes it as `weight_decay`.
     """
 
     rule: Callable
     slots: Slots | tuple[Slots, ...] = ()
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     matrices: Matrices | None = None
-    weight_decay: str = "weight_decay"
     name: str = ""
+    weight_decay: str = "weight_decay"
 
     def groups(self) -> list[dict[str, Slot]]:
         """The slots, group by group, each as a `Slot`."""

@@ -23,6 +23,8 @@ from tf_effopt.engine.plan import (
     TrainedVariable,
 )
 from tf_effopt.engine.updates import switched
+from tf_effopt.groups import decay_of, multipliers_of
+from tf_effopt.hyperparameters import Number
 from tf_effopt.paths import path_of
 
 
@@ -35,8 +37,8 @@ class Engine:
             `compensation`. None for a variable that isn't trained by a rule.
         model_state: owner -> letter -> Keras variable: the slots of rules for
             the whole model.
-        owners: whose hyper-parameters there are: the optimizer and its
-            transforms.
+        owners: whose hyper-parameters there are: the optimizer, its transforms
+            and its groups.
     """
 
     def __init__(self, optimizer: Any):
@@ -235,11 +237,11 @@ def make_plan(
 
 
 def _describe(
-    optimizer: Any,
-    state: list[dict | None],
-    binder: Binder,
+    optimizer: Any, state: list[dict | None], binder: Binder
 ) -> list[TrainedVariable | None]:
     rules: dict[int, Any] = {}  # one bound rule for all that are trained alike
+    owners = optimizer.owners()
+    groups = list(enumerate(owners))[1 + len(optimizer.transforms) :]
     variables: list[TrainedVariable | None] = []
     for i, tensors in enumerate(state):
         if tensors is None:
@@ -251,11 +253,12 @@ def _describe(
             rules[id(part)] = next((r for r in rules.values() if r == rule), rule)
         rule = rules[id(part)]
         weight = tensors["weight"]
-        kind = getattr(type(optimizer), part.weight_decay)
-        decays = not kind.is_off(getattr(optimizer, part.weight_decay))
-        decays = decays and optimizer._decays(weight, i)
-        if decays:
-            binder.numbers[OPTIMIZER, part.weight_decay] = kind
+        multipliers = multipliers_of(i, groups)
+        decay = None
+        if i not in optimizer.undecayed:
+            decay = decay_of(i, groups) or _decay_of_part(optimizer, part)
+        for owner, name in (*multipliers, *([decay] if decay else [])):
+            binder.numbers[owner, name] = getattr(type(owners[owner]), name)
         variables.append(
             TrainedVariable(
                 index=i,
@@ -263,18 +266,33 @@ def _describe(
                 dtype=dtype_name(weight),
                 constraint=getattr(weight, "constraint", None),
                 rule=rule,
+                part=part.name,
                 transforms=frozenset(
                     number
                     for number, transform in enumerate(optimizer.transforms, 1)
                     if transform.acts_on(path_of(weight), tuple(weight.shape))
                 ),
+                learning_rate_multipliers=multipliers,
                 # A rule that takes `weight_decay` does itself what the stage does.
-                decays=decays and "weight_decay" not in rule.names,
-                decay=(OPTIMIZER, part.weight_decay) if decays else None,
+                decays=decay is not None and "weight_decay" not in rule.names,
+                decay=decay,
                 matrices=part.matrices,
             )
         )
     return variables
+
+
+def _decay_of_part(optimizer: Any, part: Any) -> tuple[int, str] | None:
+    """The owner and name of the optimizer's own decay of a part, or None."""
+    kind = getattr(type(optimizer), part.weight_decay, None)
+    if not isinstance(kind, Number):
+        raise TypeError(
+            f"The part {part.name!r} of {type(optimizer).__name__} decays by "
+            f"`{part.weight_decay}`, which is no hyper-parameter of the class."
+        )
+    if kind.is_off(getattr(optimizer, part.weight_decay)):
+        return None
+    return OPTIMIZER, part.weight_decay
 
 
 def _bind_transform(

@@ -45,7 +45,8 @@ def matrix_steps(
     for i, (v, g) in enumerate(zip(inputs.variables, gradients, strict=True)):
         if v.matrices is not None and g is not None:
             views[i] = View(v.shape, v.matrices)
-            key = id(v.rule), views[i].matrix, v.compute_dtype, v.decay
+            numbers = v.learning_rate_multipliers, v.decay
+            key = id(v.rule), views[i].matrix, v.compute_dtype, numbers
             alike.setdefault(key, []).append(i)
     steps = {}
     for members in alike.values():

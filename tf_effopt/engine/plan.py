@@ -24,7 +24,7 @@ STAGE_ARGUMENTS = (
     "loss_scale_factor",
 )
 EVALUATING = "evaluating"  # a slot of the model: 1 or 0
-OPTIMIZER = 0  # the first owner; the transforms come after it
+OPTIMIZER = 0  # the first owner; transforms, then groups, come after it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +79,12 @@ class TrainedVariable:
 
     Attributes:
         rule: bound; the same object for variables that are trained alike.
+        part: the name of its rule, for people.
         transforms: the owners of the transforms that act on it.
+        learning_rate_multipliers: the owner and the name of each number that
+            the learning rate is multiplied by.
         decays: whether the stage of weight decay acts on it.
-        decay: (owner, name) of the number that decays it; None for none.
+        decay: the owner and the name of the number that decays it; None for none.
         matrices: how the rule looks at it; None if as it is.
     """
 
@@ -90,7 +93,9 @@ class TrainedVariable:
     dtype: str
     constraint: Callable | None
     rule: Bound
+    part: str
     transforms: frozenset[int]
+    learning_rate_multipliers: tuple[tuple[int, str], ...]
     decays: bool
     decay: tuple[int, str] | None
     matrices: Matrices | None
@@ -175,6 +180,7 @@ class Arguments:
         self.numbers: dict[int, dict[str, Any]] = {}  # owner -> name -> number
         self._cached: dict[tuple[int, str], dict[str, Any]] = {}
         self._zeros: dict[str, Any] = {}
+        self._rates: dict[tuple, Any] = {}
 
     def of(self, owner: int, dtype: str) -> dict[str, Any]:
         """Name -> what a function of `owner` on tensors of `dtype` receives."""
@@ -201,14 +207,23 @@ class Arguments:
             self._zeros[dtype] = ops.zeros((), dtype)
         return self._zeros[dtype]
 
+    def _learning_rate(self, v: TrainedVariable) -> Any:
+        key = v.learning_rate_multipliers, v.compute_dtype
+        if key not in self._rates:  # One for all variables of the same groups.
+            rate = self.number(OPTIMIZER, "learning_rate", v.compute_dtype)
+            for owner, name in v.learning_rate_multipliers:
+                rate = rate * self.number(owner, name, v.compute_dtype)
+            self._rates[key] = rate
+        return self._rates[key]
+
     def for_variable(self, v: TrainedVariable, owner: int = OPTIMIZER) -> dict:
-        """As `of`, with the decay of one variable."""
-        arguments = dict(self.of(owner, v.compute_dtype))
-        if v.decay is None:
-            arguments["weight_decay"] = self._zero(v.compute_dtype)
-        else:
-            arguments["weight_decay"] = self.number(*v.decay, v.compute_dtype)
-        return arguments
+        """As `of`, with the final learning rate and the decay of one variable."""
+        dtype = v.compute_dtype
+        decay = self._zero(dtype) if v.decay is None else self.number(*v.decay, dtype)
+        return self.of(owner, dtype) | {
+            "learning_rate": self._learning_rate(v),
+            "weight_decay": decay,
+        }
 
 
 # ----------------------------------------------------------------------- making

@@ -1,0 +1,767 @@
+"""Groups: against optimizers of their own, found or not, changed, frozen, saved."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from cases import BY_NAME, CASES, arrays, by_name, compiled_model, small_model, train
+
+import tf_effopt
+from tf_effopt import SGD, Adam, AdamW, Group
+from tf_effopt.rules import Part, Slots
+from tf_effopt.transforms import Transform, ZClip
+
+
+def variable(*values, name="w"):
+    return keras.Variable(np.array(values, "float32"), name=name)
+
+
+def ones(*shape):
+    return tf.ones(shape)
+
+
+def traces(optimizer):
+    programs = [p for ps in optimizer._engine._programs.values() for p in ps]
+    return [p.run_function.experimental_get_tracing_count() for p in programs]
+
+
+def identical(one, other):
+    pairs = zip(arrays(one), arrays(other), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+# ----------------------------------------------------------------- what they do
+
+
+@pytest.mark.parametrize("case", CASES, ids=by_name)
+def test_equals_an_optimizer_with_these_numbers(case):
+    """Also the rules that decay themselves, where the optimizer has no decay."""
+    rate = case.make.keywords["learning_rate"]
+    settings = {"learning_rate": rate / 4, "weight_decay": 0.3}
+    group = Group("w", learning_rate_multiplier=0.25, weight_decay=0.3)
+    none = {"weight_decay": None} if case.make.func.weight_decay.optional else {}
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=(5, 4))
+    ws = [keras.Variable(start, name="w") for _ in range(3)]
+    optimizers = [
+        case.make(**none, groups=[group]),
+        case.make(**settings),
+        case.make(**none),
+    ]
+    for _ in range(6):
+        g = tf.constant(rng.normal(size=(5, 4)), "float32")
+        for optimizer, w in zip(optimizers, ws, strict=True):
+            optimizer.apply([g], [w])
+    grouped, expected, plain = arrays(ws)
+    np.testing.assert_allclose(grouped, expected, rtol=1e-6, atol=1e-7)
+    assert np.abs(grouped - plain).max() > 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2},
+        {"gradient_accumulation_steps": 2},
+        {"lazy": True},
+        {"transforms": 1},
+    ],
+    ids=str,
+)
+def test_each_variable_as_by_an_optimizer_of_its_own(options):
+    def make(**settings):
+        own = {"transforms": [AsIs()]} if "transforms" in options else options
+        return Adam(**own, **settings)
+
+    def gradients():
+        for i in range(4):
+            yield [
+                tf.IndexedSlices(
+                    ones(2, 3) + i, tf.constant([0, 2]), tf.constant([4, 3])
+                ),
+                tf.constant([1.0, -2.0]) * (i + 1),
+                tf.constant([3.0, i - 1.0]),
+            ]
+
+    def start():
+        table = keras.Variable(np.ones((4, 3), "float32"), name="table")
+        return [table, variable(1, 2, name="kernel"), variable(3, 4, name="bias")]
+
+    groups = [
+        Group("table", learning_rate_multiplier=0.5, weight_decay=0.25),
+        Group("bias", weight_decay=0.0),
+    ]
+    together = make(learning_rate=0.125, weight_decay=0.5, groups=groups)
+    apart = [
+        make(learning_rate=0.125 / 2, weight_decay=0.25),
+        make(learning_rate=0.125, weight_decay=0.5),
+        make(learning_rate=0.125, weight_decay=0.0),
+    ]
+    ours, theirs = start(), start()
+    for gs in gradients():
+        together.apply(gs, ours)
+        for optimizer, g, w in zip(apart, gs, theirs, strict=True):
+            optimizer.apply([g], [w])
+    for a, b in zip(arrays(ours), arrays(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+class AsIs(Transform):
+    """Sees the learning rate and the decay of each variable."""
+
+    after = staticmethod(
+        lambda delta, g, *, learning_rate, weight_decay: (
+            delta + 0 * learning_rate * weight_decay
+        )
+    )
+
+
+def test_a_transform_gets_the_final_numbers_of_the_variable():
+    class Shown(Transform):
+        after = staticmethod(
+            lambda delta, g, *, learning_rate, weight_decay: (
+                -100 * learning_rate - weight_decay + 0 * delta
+            )
+        )
+
+    w, b = variable(0, name="w"), variable(0, name="b")
+    groups = [Group("w", learning_rate_multiplier=0.5, weight_decay=0.25)]
+    SGD(1.0, transforms=[Shown()], groups=groups).apply([ones(1)] * 2, [w, b])
+    assert [w.numpy()[0], b.numpy()[0]] == [-50.25, -100]
+
+
+def test_all_groups_of_a_variable_count():
+    w, b = variable(1), variable(1)
+    w._path, b._path = "block/w", "block/b"
+    groups = [
+        Group("block", learning_rate_multiplier=0.5, weight_decay=0.5),
+        Group(w, learning_rate_multiplier=0.5),
+        Group("w$", weight_decay=0.25),
+        Group("b$", frozen=True),
+        Group(b),
+    ]
+    optimizer = SGD(1.0, weight_decay=9.0, groups=groups)
+    optimizer.apply([0 * ones(1)] * 2, [w, b])
+    assert [w.numpy()[0], b.numpy()[0]] == [1 - 0.25 * 0.25, 1]
+
+
+@pytest.mark.parametrize("name", ["sgd", "lamb"])
+def test_exclusion_from_decay_wins(name):
+    w, b = variable(1, name="w"), variable(1, name="b")
+    optimizer = BY_NAME[name].make(groups=[Group(".", weight_decay=0.5)])
+    optimizer.exclude_from_weight_decay([b])
+    optimizer.apply([0 * ones(1)] * 2, [w, b])
+    assert w.numpy()[0] < 1 and b.numpy()[0] == 1
+
+
+def test_a_callable_rate_and_a_schedule_are_multiplied():
+    schedule = keras.optimizers.schedules.ExponentialDecay(1.0, 1, 0.5)
+    for rate in (schedule, lambda: 1.0):
+        w = variable(0)
+        optimizer = SGD(rate, groups=[Group(w, learning_rate_multiplier=0.5)])
+        for _ in range(2):
+            optimizer.apply([ones(1)], [w])
+        assert w.numpy()[0] == (-0.75 if rate is schedule else -1.0)
+
+
+def test_weights_of_float64_and_bfloat16():
+    for dtype in ("float64", "bfloat16"):
+        w = keras.Variable([1.0], dtype=dtype)
+        group = Group(w, learning_rate_multiplier=0.5, weight_decay=0.5)
+        SGD(1.0, groups=[group]).apply([tf.ones(1, dtype)], [w])
+        assert float(w.numpy()[0]) == 1 - 0.5 - 0.25
+
+
+# ------------------------------------------------------------ changed while training
+
+
+def test_numbers_may_change_while_training():
+    first, second = Group("first", weight_decay=0.0), Group("nothing", optional=True)
+    model = compiled_model(SGD(0.1, groups=[first, second]))
+    train(model, 2)
+    frozen = arrays(model.layers[0].weights)
+    first.learning_rate_multiplier = 0.0
+    second.learning_rate_multiplier = 3.0  # of no variable
+    train(model, 2)
+    assert identical(model.layers[0].weights, frozen)
+    first.learning_rate_multiplier, first.weight_decay = 2.0, 5.0
+    for v in model.layers[0].weights:
+        v.assign(np.ones(v.shape))
+    gradients = [tf.zeros(v.shape) for v in model.trainable_variables]
+    model.optimizer.apply(gradients, model.trainable_variables)
+    np.testing.assert_allclose(model.layers[0].get_weights()[0], 1 - 0.2 * 5)
+    train(model, 1)
+    assert traces(model.optimizer) == [1]
+
+
+STRUCTURE = {
+    "frozen": True,
+    "weight_decay": 0.1,
+    "members": "bias",
+    "optional": True,
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURE)
+def test_a_change_of_structure_is_refused(name):
+    w = variable(1)
+    group = Group("w")
+    group.frozen, group.members = False, ["w"]  # before `build` all may change
+    SGD(groups=[group]).build([w])
+    message = rf"`{name}` can't change.*after the optimizer was built.*carry_over\("
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        setattr(group, name, STRUCTURE[name])
+    with pytest.raises(ValueError, match="must be a number of at least 0"):
+        group.learning_rate_multiplier = -1
+    assert group.learning_rate_multiplier == 1 and group.frozen is False
+
+
+def test_freezing_late_tells_of_the_multiplier():
+    group = Group("w")
+    SGD(groups=[group]).build([variable(1)])
+    with pytest.raises(ValueError, match="Or set `learning_rate_multiplier = 0`"):
+        group.frozen = True
+    off = Group("w", weight_decay=0.5)
+    SGD(groups=[off]).build([variable(1)])
+    with pytest.raises(ValueError, match="from 0.5 to None.*the compiled update"):
+        off.weight_decay = None
+
+
+# ------------------------------------------------------------------------ frozen
+
+
+def test_a_frozen_gradient_counts_nowhere():
+    """As if the variable weren't there: norms, transforms, sums, finite check."""
+    for make in (
+        lambda **x: SGD(0.5, global_clipnorm=1.0, transforms=[ZClip()], **x),
+        lambda **x: tf_effopt.Prodigy(1.0, initial_estimate=0.1, **x),
+    ):
+        w, alone, still = variable(1, 2), variable(1, 2), variable(5, name="still")
+        together = make(weight_decay=0.1, groups=[Group("still", frozen=True)])
+        apart = make(weight_decay=0.1)
+        for g in ([3.0, 4.0], [1.0, 9.0], [0.1, 0.2]):
+            together.apply([tf.constant(g), tf.constant([np.nan])], [w, still])
+            apart.apply([tf.constant(g)], [alone])
+        assert identical([w], [alone]) and still.numpy() == 5
+        assert together.skipped_steps == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_ema": True, "ema_overwrite_frequency": 1, "ema_momentum": 0.3},
+        {"gradient_accumulation_steps": 2},
+    ],
+    ids=str,
+)
+def test_frozen_weights_stay_in_fit(options):
+    model = compiled_model(
+        AdamW(0.1, weight_decay=0.5, **options, groups=[Group("first", frozen=True)])
+    )
+    before = arrays(model.weights)
+    model.fit(np.ones((12, 4)), np.ones((12, 2)), batch_size=2, verbose=0)
+    assert identical(model.layers[0].weights, before[:2])
+    assert not np.array_equal(model.get_weights()[2], before[2])
+
+
+def test_a_frozen_table_is_left_alone_lazily():
+    table = keras.Variable(np.ones((3, 2), "float32"), name="table")
+    w = variable(1)
+    rows = tf.IndexedSlices(ones(1, 2), tf.constant([1]), tf.constant([3, 2]))
+    optimizer = AdamW(0.1, lazy=True, groups=[Group("table", frozen=True)])
+    optimizer.apply([rows, ones(1)], [table, w])
+    assert np.all(table.numpy() == 1) and w.numpy() < 1
+
+
+def test_all_frozen_counts_the_step():
+    w = variable(1)
+    optimizer = SGD(1.0, groups=[Group("w", frozen=True)])
+    optimizer.apply([ones(1)], [w])
+    optimizer.apply([None], [w])
+    assert w.numpy() == 1 and int(optimizer.iterations) == 2
+
+
+def test_of_a_frozen_variable_no_gradient_is_missed(recwarn):
+    w, still = variable(1), variable(1, name="still")
+    optimizer = SGD(1.0, groups=[Group("still", frozen=True)])
+    optimizer.apply([ones(1), None], [w, still])
+    assert not [x for x in recwarn if "Gradients do not exist" in str(x.message)]
+    with pytest.raises(ValueError, match="No gradients provided"):
+        optimizer.apply([None, ones(1)], [w, still])
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_state_loads_whether_or_not_it_is_frozen(frozen, tmp_path):
+    def make(frozen):
+        return Adam(0.1, groups=[Group("first", frozen=frozen)])
+
+    saved = train(compiled_model(make(not frozen)), 3)
+    saved.save_weights(tmp_path / "saved.weights.h5")
+    model = train(compiled_model(make(frozen)), 1)
+    model.load_weights(tmp_path / "saved.weights.h5")
+    assert identical(model.optimizer.variables, saved.optimizer.variables)
+
+
+def test_loss_scaling_with_a_frozen_group():
+    w, still = variable(1), variable(1, name="still")
+    optimizer = tf_effopt.LossScaleOptimizer(
+        SGD(1.0, groups=[Group("still", frozen=True)]), initial_scale=4.0
+    )
+    optimizer.apply([4 * ones(1), tf.constant([np.inf])], [w, still])
+    assert [w.numpy()[0], still.numpy()[0]] == [0, 1]
+    assert float(optimizer.dynamic_scale) == 4.0
+    other = optimizer.carry_over([w, still], groups=[])
+    other.apply([0 * ones(1), 4 * ones(1)], [w, still])
+    assert still.numpy() == 0
+
+
+# ------------------------------------------------------------------- who is meant
+
+
+def members_of(group, variables):
+    SGD(groups=[group]).build(variables)
+    return [variables[i].path for i in sorted(group.indices)]
+
+
+def test_members_of_every_kind():
+    model = small_model()
+    first, second = model.layers
+    paths = [v.path for v in model.weights]
+    for members, expected in [
+        ("bias", [1, 3]),
+        ("first/(kernel|bias)$", [0, 1]),
+        (model.weights[2], [2]),
+        (second, [2, 3]),
+        (model, [0, 1, 2, 3]),
+        (["first/bias", second], [1, 2, 3]),
+        ((first, model.weights[0], "kernel"), [0, 1, 2]),
+    ]:
+        found = members_of(Group(members), model.trainable_variables)
+        assert found == [paths[i] for i in expected]
+
+
+def test_a_layer_that_was_built_after_its_group():
+    layer, other = keras.layers.Dense(2), keras.layers.Dense(2)
+    model = keras.Sequential([layer, other])
+    model.compile(SGD(0.1, groups=[Group(layer, frozen=True)]), "mse")
+    model(np.zeros((1, 3)))
+    before = layer.get_weights()[0]
+    model.train_on_batch(np.ones((4, 3)), np.ones((4, 2)))
+    assert np.array_equal(before, layer.get_weights()[0])
+
+
+def test_variables_of_tensorflow():
+    w, b = tf.Variable([1.0], name="w"), tf.Variable([1.0], name="b")
+    SGD(1.0, groups=[Group("b", frozen=True)]).apply([ones(1)] * 2, [w, b])
+    assert [w.numpy()[0], b.numpy()[0]] == [0, 1]
+
+
+def absent_layer():
+    layer = keras.layers.Dense(2, name="secnd")
+    layer.build((3,))
+    return layer
+
+
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        ("frist", r"'frist': the nearest paths are \S*first/(kernel|bias)"),
+        (["bias", "norm"], r"'norm': the nearest paths are"),
+        (absent_layer, r"<layer 'secnd'>: the nearest paths are \S*second/"),
+        (lambda: variable(1, name="basi"), r"<variable 'basi'>: .* are \S*/bias"),
+        (lambda: keras.layers.ReLU(name="act"), r"<layer 'act'>"),
+    ],
+    ids=["pattern", "one of two", "layer", "variable", "layer without weights"],
+)
+def test_members_that_are_not_there(members, message):
+    members = members() if callable(members) else members
+    model = small_model()
+    variables = model.trainable_variables
+    optimizer = SGD(1.0, groups=[Group(members)])
+    whole = r"none of the 4 variables.*" + message + r".*`optional=True`"
+    with pytest.raises(ValueError, match=re.compile(whole, re.DOTALL)):
+        optimizer.build(variables)
+    assert not optimizer.built
+    optional = SGD(1.0, groups=[Group(members, optional=True)])
+    optional.apply([tf.ones(v.shape) for v in variables], variables)
+
+
+def test_the_error_comes_from_fit_and_names_the_group():
+    model = compiled_model(SGD(groups=[Group("kernle", weight_decay=0.5)]))
+    with pytest.raises(ValueError, match=r"Group\('kernle', weight_decay=0.5\) has"):
+        train(model, 1)
+
+
+def test_a_layer_that_does_not_train_is_named():
+    model = small_model()
+    model.layers[0].trainable = False
+    compiled_model(SGD(groups=[Group(model.layers[0])]), model)
+    with pytest.raises(ValueError, match="<layer 'first'>.*`trainable` is False"):
+        try:
+            train(model, 1)
+        except ValueError as error:
+            raise ValueError(str(error).replace("\n", " ")) from None
+    optional = Group(model.layers[0], optional=True, frozen=True)
+    train(compiled_model(SGD(groups=[optional]), model), 1)
+
+
+def test_a_group_of_another_optimizer_is_refused():
+    group, w = Group("w"), variable(1)
+    one, other = SGD(groups=[group]), SGD(groups=[group])
+    one.build([w])
+    with pytest.raises(ValueError, match="is another optimizer's already"):
+        other.build([w])
+    with pytest.raises(ValueError, match="each for this optimizer only"):
+        SGD(groups=[group])
+
+
+# ------------------------------------------------------------------ parts of a class
+
+
+def sign_rule(g, slots, *, learning_rate):
+    return -learning_rate * keras.ops.sign(g), slots
+
+
+def own_decay_rule(g, slots, *, w, learning_rate, weight_decay):
+    return -learning_rate * (g + weight_decay * w), slots
+
+
+class TwoDecays(tf_effopt.Optimizer):
+    """Matrices decay by `weight_decay`, the rest by `other_weight_decay`."""
+
+    other_weight_decay = tf_effopt.hyperparameters.NonNegative(optional=True)
+    matrices = Part(sign_rule, Slots(), name="matrix")
+    rest = Part(sign_rule, name="rest", weight_decay="other_weight_decay")
+
+    def __init__(self, learning_rate=1.0, other_weight_decay=None, **kwargs):
+        super().__init__(learning_rate, **kwargs)
+        self.other_weight_decay = other_weight_decay
+
+    def part(self, path, shape):
+        return self.matrices if len(shape) == 2 else self.rest
+
+
+class OwnDecay(TwoDecays):
+    """The rest decays inside its rule."""
+
+    rest = Part(own_decay_rule, name="rest", weight_decay="other_weight_decay")
+
+
+@pytest.mark.parametrize("cls", [TwoDecays, OwnDecay])
+@pytest.mark.parametrize("decay", [None, 0.5])
+@pytest.mark.parametrize("other", [None, 0.25])
+def test_each_part_decays_by_its_own_number(cls, decay, other):
+    matrix = keras.Variable(np.ones((2, 2), "float32"), name="matrix")
+    vector, grouped = variable(1, name="vector"), variable(1, name="grouped")
+    variables = [matrix, vector, grouped]
+    optimizer = cls(
+        weight_decay=decay,
+        other_weight_decay=other,
+        groups=[Group("grouped", weight_decay=0.125)],
+    )
+
+    def step():
+        for v in variables:
+            v.assign(np.ones(v.shape))
+        optimizer.apply([tf.zeros(v.shape) for v in variables], variables)
+        return [float(v.numpy().flat[0]) for v in variables]
+
+    assert step() == [1 - (decay or 0), 1 - (other or 0), 1 - 0.125]
+    if other is None:
+        with pytest.raises(ValueError, match="`other_weight_decay` can't change"):
+            optimizer.other_weight_decay = 0.75
+    else:
+        optimizer.other_weight_decay = 0.75
+        assert step() == [1 - (decay or 0), 0.25, 1 - 0.125]
+        assert traces(optimizer) == [1]
+
+
+def test_a_part_that_decays_by_what_the_class_lacks():
+    class Lacks(TwoDecays):
+        rest = Part(sign_rule, name="rest", weight_decay="adam_decay")
+
+    with pytest.raises(TypeError, match="'rest' of Lacks decays by `adam_decay`"):
+        Lacks().build([variable(1)])
+
+
+# ------------------------------------------------------------------------- saving
+
+
+def nested_model():
+    """A backbone in a model, with paths that name it or don't."""
+    backbone = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3, name="one")], name="backbone"
+    )
+    inputs = keras.Input((4,))
+    outputs = keras.layers.Dense(2, name="head")(backbone(inputs))
+    return keras.Model(inputs, outputs, name="whole")
+
+
+def sequential_in_sequential():
+    backbone = keras.Sequential([keras.layers.Dense(3, name="one")], name="backbone")
+    return keras.Sequential(
+        [keras.Input((4,)), backbone, keras.layers.Dense(2, name="head")], name="whole"
+    )
+
+
+MODELS = {
+    "sequential": small_model,
+    "functional": nested_model,
+    "nested": sequential_in_sequential,
+}
+KINDS = {
+    "pattern": lambda m: "bias",
+    "layer": lambda m: m.layers[-2],
+    "variable": lambda m: m.trainable_variables[2],
+    "list": lambda m: ["bias", m.layers[-1], m.trainable_variables[0]],
+    "model": lambda m: m,
+}
+
+
+def settings(group):
+    return group.learning_rate_multiplier, group.weight_decay, group.frozen
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "untrained"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make_model", MODELS.values(), ids=MODELS)
+def test_groups_are_alive_after_load_model(make_model, kind, trained, tmp_path):
+    model = make_model()
+    groups = [
+        Group(KINDS[kind](model), learning_rate_multiplier=0.5, weight_decay=0.5),
+        Group("head|second", frozen=True),
+    ]
+    compiled_model(AdamW(0.1, groups=groups), model)
+    if trained:
+        train(model, 2)
+        groups[0].learning_rate_multiplier = 0.25
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    loaded.save(tmp_path / "again.keras")
+    again = keras.models.load_model(tmp_path / "again.keras")
+    train(model, 2)
+    for other in (loaded, again):
+        compiled_model(other.optimizer, other)
+        train(other, 2)
+        for mine, theirs in zip(groups, other.optimizer.groups, strict=True):
+            assert settings(mine) == settings(theirs)
+            assert mine.indices == theirs.indices
+            assert repr(mine) == repr(theirs) or kind == "variable" or kind == "list"
+        assert identical(
+            model.weights + model.optimizer.variables,
+            other.weights + other.optimizer.variables,
+        )
+
+
+@keras.saving.register_keras_serializable("tests")
+class GroupTwins(keras.layers.Layer):
+    """Two weights of the same path."""
+
+    def build(self, shape):
+        self.one = self.add_weight(shape=(4,), initializer="ones", name="w")
+        self.two = self.add_weight(shape=(4,), initializer="ones", name="w")
+
+    def call(self, x):
+        return x * self.one + self.two
+
+
+def test_variables_of_equal_paths_are_told_apart(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), GroupTwins()])
+    one, two = model.trainable_variables
+    assert one.path == two.path
+    compiled_model(SGD(0.1, groups=[Group(two, frozen=True)]), model)
+    model.optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "model.keras")
+    (group,) = keras.models.load_model(tmp_path / "model.keras").optimizer.groups
+    assert group.indices == {1}
+
+
+def test_a_layer_saved_before_it_had_weights():
+    layer = keras.layers.Dense(2, name="later")
+    group = Group.from_config(Group(layer, frozen=True).get_config())
+    variables = [variable(1, name="sooner"), variable(1)]
+    variables[1]._path = "model/later/kernel"
+    assert members_of(group, variables) == ["model/later/kernel"]
+    assert repr(group) == "Group(<layer 'later'>, frozen=True)"
+
+
+def test_a_loaded_layer_knows_its_other_variables(tmp_path):
+    """Of a half-frozen layer, the file names the frozen half, too."""
+    model = small_model()
+    model.layers[0].trainable = False
+    group = Group(model, learning_rate_multiplier=0.5)
+    train(compiled_model(Adam(0.1, groups=[group]), model), 1)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.groups[0].indices == {0, 1}
+    loaded.layers[0].trainable = True
+    other = loaded.optimizer.carry_over(loaded.trainable_variables)
+    assert other.groups[0].indices == {0, 1, 2, 3}
+
+
+def test_config_round_trip():
+    model = small_model()
+    groups = [Group(["bias", model.layers[0]], weight_decay=0.5, optional=True)]
+    optimizer = AdamW(groups=groups)
+    config = optimizer.get_config()
+    copied = AdamW.from_config(config)
+    assert copied.get_config() == config
+    assert AdamW.from_config({"learning_rate": 0.5}).groups == ()
+
+
+# ------------------------------------------------------------------------- copies
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        copy.deepcopy,
+        lambda o: o.carry_over(o._trainable_variables),
+        lambda o: type(o).from_config(o.get_config()),
+    ],
+    ids=["deepcopy", "carry_over", "config"],
+)
+def test_copies_have_groups_of_their_own(make):
+    w, b = variable(1), variable(1, name="b")
+    group = Group(w, learning_rate_multiplier=0.5)
+    optimizer = SGD(1.0, groups=[group, Group("b", frozen=True)])
+    optimizer.apply([ones(1)] * 2, [w, b])
+    copied = make(optimizer)
+    copied.groups[0].learning_rate_multiplier = 0.25
+    assert group.learning_rate_multiplier == 0.5
+    copied.apply([ones(1)] * 2, [w, b])
+    assert [w.numpy()[0], b.numpy()[0]] == [0.25, 1]
+
+
+def test_a_deep_copy_of_both_has_groups_and_exclusions_of_the_copied():
+    w, b = variable(1), variable(1, name="b")
+    optimizer = SGD(1.0, weight_decay=0.5, groups=[Group(w, weight_decay=0.25)])
+    optimizer.exclude_from_weight_decay([b])
+    optimizer.build([w, b])
+    (w2, b2), copied = copy.deepcopy([[w, b], optimizer])
+    copied.apply([0 * ones(1)] * 2, [w2, b2])
+    assert [w2.numpy()[0], b2.numpy()[0]] == [0.75, 1]
+
+
+def test_carry_over_with_other_groups_keeps_the_state():
+    model = compiled_model(Adam(0.1, groups=[Group("first", frozen=True)]))
+    train(model, 3)
+    old = model.optimizer
+    new = old.carry_over(model.trainable_variables, groups=[Group("bias", frozen=True)])
+    assert identical(old.variables, new.variables)
+    before = model.get_weights()
+    train(compiled_model(new, model), 1)
+    pairs = zip(before, model.get_weights(), strict=True)
+    changed = [not np.array_equal(a, b) for a, b in pairs]
+    assert changed == [True, False, True, False]
+    assert old.carry_over(model.trainable_variables, groups=[]).groups == ()
+
+
+def test_unfreezing_a_layer_of_a_group():
+    model = small_model()
+    model.layers[0].trainable = False
+    group = Group(model, learning_rate_multiplier=0.5)
+    train(compiled_model(Adam(0.1, groups=[group]), model), 2)
+    model.layers[0].trainable = True
+    new = model.optimizer.carry_over(model.trainable_variables)
+    assert new.groups[0].indices == {0, 1, 2, 3}
+    train(compiled_model(new, model), 1)
+
+
+# ----------------------------------------------------------------------- in words
+
+
+def test_a_group_shows_as_its_constructor():
+    model = small_model()
+    assert repr(Group("bias")) == "Group('bias')"
+    group = Group(["a", model.layers[0], model.weights[2]], 0.5, 0.0, True, True)
+    assert repr(group) == (
+        f"Group(['a', <layer 'first'>, <variable '{model.weights[2].path}'>], "
+        "learning_rate_multiplier=0.5, weight_decay=0.0, frozen=True, optional=True)"
+    )
+
+
+def test_describe_shows_the_numbers_of_now():
+    matrix = keras.Variable(np.ones((2, 3), "float32"), name="matrix")
+    w, b = variable(1, 2), variable(1, name="bias")
+    group = Group("matrix", learning_rate_multiplier=0.5)
+    groups = [group, Group("x", weight_decay=0.1)]
+    optimizer = TwoDecays(1.0, 0.25, groups=[*groups, Group("bias", frozen=True)])
+    with pytest.raises(ValueError, match="`describe` needs an optimizer that was"):
+        optimizer.describe()
+    optimizer.build([matrix, w, b])
+    group.learning_rate_multiplier = 0.75
+    assert optimizer.describe().splitlines() == [
+        "variable  shape   rule    learning rate  weight decay",
+        "matrix    (2, 3)  matrix  x 0.75         0.1",
+        "w         (2,)    rest    x 1            0.25",
+        "bias      (1,)    rest    frozen         -",
+    ]
+
+
+def test_describe_leaves_out_rules_without_names():
+    optimizer = SGD()
+    optimizer.build([variable(1)])
+    assert optimizer.describe().splitlines() == [
+        "variable  shape  learning rate  weight decay",
+        "w         (1,)   x 1            -",
+    ]
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("members", [[], None, 1, "(", ["bias", 3], {"a": 1}, [[]]])
+def test_what_can_be_no_member_is_refused(members):
+    message = r"`members` must be a regular expression.*Received: members="
+    with pytest.raises(ValueError, match=message + re.escape(repr(members))):
+        Group(members)
+
+
+# ----------------------------------------------------------------- other backends
+
+ELSEWHERE = """
+import sys
+sys.modules["tensorflow"] = None
+import keras, numpy as np
+import tf_effopt
+from tf_effopt import Group
+
+w, b, still = (keras.Variable([1.0], name=name) for name in ("w", "b", "still"))
+group = Group("w", learning_rate_multiplier=0.5, weight_decay=0.5)
+optimizer = tf_effopt.SGD(1.0, groups=[group, Group("still", frozen=True)])
+optimizer.build([w, b, still])
+group.learning_rate_multiplier = 0.25
+grads = [keras.ops.zeros(1), keras.ops.ones(1), np.nan * keras.ops.ones(1)]
+optimizer.apply(grads, [w, b, still])
+values = [float(keras.ops.convert_to_numpy(v)[0]) for v in (w, b, still)]
+assert values == [0.875, 0.0, 1.0], values
+try:
+    group.learning_rate_multiplier = 1.0
+except RuntimeError as error:
+    assert keras.backend.backend() == "jax", error
+"""
+
+
+@pytest.mark.parametrize(
+    "backend", ["jax", pytest.param("torch", marks=pytest.mark.torch)]
+)
+def test_on_other_backends(backend):
+    pytest.importorskip(backend)
+    finished = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE],
+        check=False,
+        env=os.environ | {"KERAS_BACKEND": backend},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]

@@ -1,0 +1,45 @@
+"""What became of each variable of an optimizer, as a table to print."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tf_effopt.groups import frozen_indices
+from tf_effopt.paths import path_of
+
+HEADER = ("variable", "shape", "rule", "learning rate", "weight decay")
+
+
+def described(optimizer: Any) -> str:
+    """One line for each variable that a built optimizer trains."""
+    rows = [HEADER, *(_row(optimizer, i) for i in range(len(_variables(optimizer))))]
+    columns = [x for x in zip(*rows, strict=True) if any(x[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
+        for row in zip(*columns, strict=True)
+    )
+
+
+def _variables(optimizer: Any) -> list[Any]:
+    return optimizer._trainable_variables
+
+
+def _row(optimizer: Any, index: int) -> tuple[str, ...]:
+    engine = optimizer._engine
+    weight, v = _variables(optimizer)[index], engine.variables[index]
+    start = path_of(weight), str(tuple(weight.shape))
+
+    def value(owner: int, name: str) -> float:
+        return getattr(engine.owners[owner], name)
+
+    if index in frozen_indices(optimizer.groups):
+        return (*start, "" if v is None else v.part, "frozen", "-")
+    if v is None:
+        return (*start, "", "is set to its gradient", "-")
+    multiplier = math.prod(value(*place) for place in v.learning_rate_multipliers)
+    decay = "-" if v.decay is None else f"{value(*v.decay):g}"
+    return (*start, v.part, f"x {multiplier:g}", decay)

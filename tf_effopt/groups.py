@@ -1,0 +1,226 @@
+"""Groups: variables with a learning rate and a decay of their own, or frozen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from tf_effopt.hyperparameters import Hyperparameter, NonNegative, Switch
+from tf_effopt.selection import Selection, Trained, nothing_found
+
+
+class Members(Hyperparameter):
+    """What a group is made of, fixed once the optimizer is built."""
+
+    expected = (
+        "a regular expression, a variable, a layer, or a list of these that isn't empty"
+    )
+
+    def check(self, value: Any) -> Selection:
+        if isinstance(value, Selection):
+            return value
+        given = value if isinstance(value, list | tuple) else [value]
+        try:
+            selection = Selection.of(given)
+        except ValueError as error:
+            raise ValueError(f"{self.error(value)} ({error}.)") from None
+        if not selection:
+            raise self.error(value)
+        return selection
+
+    def structure(self, value: Selection) -> Selection:
+        return value
+
+
+@keras.saving.register_keras_serializable("tf_effopt")
+class Group:
+    """Variables with a learning rate and a weight decay of their own, or frozen.
+
+    Pass groups to any optimizer. A variable may be in none of them or in
+    several: their multipliers multiply, the last `weight_decay` counts, and one
+    that is frozen freezes.
+
+    The multiplier is part of the learning rate that the rule gets, so that the
+    decay, too, is multiplied by it. Both numbers may be changed while training,
+    as those of the optimizer: `group.learning_rate_multiplier = 0.5`.
+    `exclude_from_weight_decay` wins over each group's decay.
+
+    Groups are saved with the optimizer: patterns as they are, variables and
+    layers by their paths. `print(optimizer.describe())` shows what became of
+    them.
+
+    When not to use it: to freeze a layer for all of the training, rather set its
+    `trainable = False`: then no gradient is computed for it, and no state kept.
+
+    Args:
+        members: a regular expression, which has a match anywhere in a variable's
+            path; a variable; a layer or model, for all of its variables; or a
+            list of these. Leave a `Sequential`'s own name out of patterns:
+            `load_model` takes it off the paths.
+        learning_rate_multiplier: float of at least 0, times the optimizer's
+            learning rate.
+        weight_decay: None for the optimizer's own, or float of at least 0, also
+            where the optimizer has none.
+        frozen: bool, whether these variables stay as they are. Their gradients
+            count nowhere, as if there were none. They keep their state, so that
+            the optimizer's loads whether or not they are frozen.
+        optional: bool, whether a member may be none of the variables that the
+            optimizer is built on. Else that is an error. Layers whose `trainable`
+            is False are none of them.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+
+    >>> import keras, tf_effopt
+    >>> kernel, bias = keras.Variable([1.0], name="w"), keras.Variable([1.0], name="b")
+    >>> optimizer = tf_effopt.SGD(0.5, groups=[
+    ...     tf_effopt.Group("w", learning_rate_multiplier=0.5, weight_decay=0.4),
+    ...     tf_effopt.Group(bias, frozen=True),
+    ... ])
+    >>> ones = keras.ops.ones(1)
+    >>> optimizer.apply([ones, ones], [kernel, bias])
+    >>> [round(float(v.numpy()[0]), 6) for v in (kernel, bias)]
+    [0.65, 1.0]
+    >>> print(optimizer.describe())
+    variable  shape  learning rate  weight decay
+    w         (1,)   x 0.5          0.4
+    b         (1,)   frozen         -
+    """
+
+    members = Members()
+    learning_rate_multiplier = NonNegative()
+    weight_decay = NonNegative(optional=True)
+    frozen = Switch()
+    optional = Switch()
+
+    model_rule = None  # of an owner of hyper-parameters, as `Transform.model_rule`
+    built = False
+    indices: frozenset[int] = frozenset()  # of its variables, once it is built
+    _engine: Any = None
+
+    def __init__(
+        self,
+        members,
+        learning_rate_multiplier=1.0,
+        weight_decay=None,
+        frozen=False,
+        optional=False,
+    ):
+        self.members = members
+        self.learning_rate_multiplier = learning_rate_multiplier
+        self.weight_decay = weight_decay
+        self.frozen = frozen
+        self.optional = optional
+
+    def find(self, trained: Trained) -> None:
+        """Finds its variables among those that its optimizer is built on.
+
+        Raises:
+            ValueError: a member isn't there, and the group isn't optional.
+        """
+        if self.built:
+            raise ValueError(
+                f"{self!r} is another optimizer's already: make a group for each."
+            )
+        found = self.members.find(trained)
+        lost = [m for m, of in zip(self.members.members, found, strict=True) if not of]
+        if lost and not self.optional:
+            raise ValueError(
+                f"{self!r} has members that are none of the "
+                f"{len(trained.variables)} variables that the optimizer is built on:\n"
+                f"{nothing_found(lost, trained)}\n"
+                "Mend the pattern. Or set `optional=True` in the group, if its members "
+                "may be missing, as those of layers whose `trainable` is False are."
+            )
+        self.indices = frozenset(i for of in found for i in of)
+
+    def attach(self, engine: Any) -> None:
+        """Called when the optimizer of this group is built."""
+        self._engine = engine
+        self.built = True
+
+    def advice_on_change(self, name: str, value: Any) -> str:
+        """What to do instead of a change that comes too late."""
+        advice = (
+            "Go on with an optimizer that has other groups and keeps the state:\n"
+            "    optimizer = optimizer.carry_over(model.trainable_variables, "
+            "groups=[...])\n"
+            "    model.compile(optimizer=optimizer, ...)"
+        )
+        if name == "frozen" and value:
+            advice += "\nOr set `learning_rate_multiplier = 0` in the group."
+        return advice
+
+    def copy(self, memo: dict) -> Group:
+        """A new group, for variables that `copy.deepcopy` copied their copies."""
+        return Group(**self._arguments() | {"members": self.members.copy(memo)})
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "members": self.members,
+            "learning_rate_multiplier": self.learning_rate_multiplier,
+            "weight_decay": self.weight_decay,
+            "frozen": self.frozen,
+            "optional": self.optional,
+        }
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, with their values now."""
+        return self._arguments() | {"members": self.members.get_config()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Group:
+        return cls(**config)
+
+    def __repr__(self) -> str:
+        defaults = {
+            "learning_rate_multiplier": 1.0,
+            "weight_decay": None,
+            "frozen": False,
+            "optional": False,
+        }
+        own = self._arguments()
+        changed = [f"{k}={own[k]!r}" for k, x in defaults.items() if own[k] != x]
+        return f"Group({', '.join([repr(self.members), *changed])})"
+
+
+def checked_groups(groups: Any) -> tuple[Group, ...]:
+    """An optimizer's argument `groups`."""
+    wrong = not isinstance(groups, list | tuple)
+    bad = groups if wrong else [x for x in groups if not _is_new(x)]
+    if wrong or bad:
+        raise ValueError(
+            "`groups` must be a list of instances of `tf_effopt.Group`, each for "
+            f"this optimizer only. Received: {bad!r}"
+        )
+    return tuple(groups)
+
+
+def _is_new(group: Any) -> bool:
+    return isinstance(group, Group) and not group.built
+
+
+def frozen_indices(groups: tuple[Group, ...]) -> frozenset[int]:
+    """The variables that a group freezes."""
+    return frozenset(i for group in groups if group.frozen for i in group.indices)
+
+
+def decay_of(index: int, groups: list[tuple[int, Group]]) -> tuple[int, str] | None:
+    """The owner and name of the decay that the groups give a variable, or None.
+
+    Args:
+        groups: with their numbers among the optimizer's owners.
+    """
+    given = [n for n, x in groups if index in x.indices and x.weight_decay is not None]
+    return (given[-1], "weight_decay") if given else None
+
+
+def multipliers_of(
+    index: int, groups: list[tuple[int, Group]]
+) -> tuple[tuple[int, str], ...]:
+    """The owners and names of a variable's multipliers."""
+    own = [n for n, x in groups if index in x.indices]
+    return tuple((n, "learning_rate_multiplier") for n in own)
