@@ -38,8 +38,10 @@ def dense_model() -> keras.Model:
     return keras.Sequential(
         [
             keras.Input((8,)),
-            keras.layers.Dense(16, activation="tanh", kernel_initializer=init),
-            keras.layers.Dense(1, kernel_initializer=init),
+            keras.layers.Dense(
+                16, activation="tanh", kernel_initializer=init, name="first"
+            ),
+            keras.layers.Dense(1, kernel_initializer=init, name="second"),
         ]
     )
 
@@ -241,6 +243,20 @@ def numbers_of_the_model():
     return compare(lambda: optimizers.Prodigy(0.5, initial_estimate=0.05))
 
 
+def groups():
+    """Multiplied, decayed and frozen; a number is changed before the first step."""
+
+    def make():
+        bias = tf_effopt.Group("bias$", weight_decay=0.5)
+        kernels = tf_effopt.Group("kernel", learning_rate_multiplier=9.0)
+        frozen = tf_effopt.Group("second/bias", frozen=True)
+        optimizer = adam(global_clipnorm=0.1, groups=[bias, kernels, frozen])()
+        kernels.learning_rate_multiplier = 0.5
+        return optimizer
+
+    return compare(make)
+
+
 def weights_for_evaluation():
     """They are in place after `fit`; so are those to train at, when put back."""
     models = []
@@ -355,6 +371,7 @@ OURS = [
     lazy_rows,
     bfloat16_replicas_stay_equal,
     numbers_of_the_model,
+    groups,
     weights_for_evaluation,
     other_reductions,
     training_loop_without_build,

@@ -285,6 +285,39 @@ def test_what_is_no_transform_is_refused(class_name, value):
         getattr(tf_effopt, class_name)(transforms=value)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [None, "bias", ["bias"], [None], tf_effopt.Group("bias"), [tf_effopt.Group]],
+)
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_what_is_no_list_of_groups_is_refused(class_name, value):
+    message = r"`groups` must be a list of instances of `tf_effopt.Group`.*Received: "
+    with pytest.raises(ValueError, match=message):
+        getattr(tf_effopt, class_name)(groups=value)
+
+
+GROUP = {
+    "learning_rate_multiplier": NON_NEGATIVE,
+    "weight_decay": or_none(NON_NEGATIVE),
+    "frozen": SWITCH,
+    "optional": SWITCH,
+    "members": (
+        "a regular expression, a variable, a layer, or a list of these that isn't empty",
+        [None, 1, [], "(", ["bias", 3], [[]], {"a": 1}],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "argument, value", [(k, x) for k, (_, values) in GROUP.items() for x in values]
+)
+def test_wrong_argument_of_a_group_is_named(argument, value):
+    arguments = {"members": "bias"} | {argument: value}
+    message = f"`{argument}` must be {GROUP[argument][0]}. {received(argument, value)}"
+    with pytest.raises(ValueError, match=message):
+        tf_effopt.Group(**arguments)
+
+
 def test_transform_of_another_optimizer_is_refused():
     transform = tf_effopt.transforms.Transform()
     tf_effopt.SGD(transforms=[transform]).build([keras.Variable([1.0])])

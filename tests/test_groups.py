@@ -17,6 +17,7 @@ from cases import BY_NAME, CASES, arrays, by_name, compiled_model, small_model, 
 import tf_effopt
 from tf_effopt import SGD, Adam, AdamW, Group
 from tf_effopt.rules import Part, Slots
+from tf_effopt.selection import Trained
 from tf_effopt.transforms import Transform, ZClip
 
 
@@ -517,29 +518,30 @@ MODELS = {
     "functional": nested_model,
     "nested": sequential_in_sequential,
 }
-KINDS = {
-    "pattern": lambda m: "bias",
-    "layer": lambda m: m.layers[-2],
-    "variable": lambda m: m.trainable_variables[2],
-    "list": lambda m: ["bias", m.layers[-1], m.trainable_variables[0]],
-    "model": lambda m: m,
-}
 
 
-def settings(group):
-    return group.learning_rate_multiplier, group.weight_decay, group.frozen
+def one_group_of_each_kind(model):
+    """Each has a multiplier of its own; the last one freezes."""
+    kinds = [
+        "bias",
+        model.layers[-2],
+        model.trainable_variables[2],
+        ["bias", model.layers[-1], model.trainable_variables[0]],
+        model,
+        "head/bias|second/bias",
+    ]
+    groups = [Group(x, learning_rate_multiplier=1 + i) for i, x in enumerate(kinds)]
+    groups[0].weight_decay = 0.5
+    groups[-1].frozen = True
+    return groups
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "untrained"])
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make_model", MODELS.values(), ids=MODELS)
-def test_groups_are_alive_after_load_model(make_model, kind, trained, tmp_path):
+def test_groups_are_alive_after_load_model(make_model, trained, tmp_path):
     model = make_model()
-    groups = [
-        Group(KINDS[kind](model), learning_rate_multiplier=0.5, weight_decay=0.5),
-        Group("head|second", frozen=True),
-    ]
-    compiled_model(AdamW(0.1, groups=groups), model)
+    groups = one_group_of_each_kind(model)
+    compiled_model(AdamW(0.01, groups=groups), model)
     if trained:
         train(model, 2)
         groups[0].learning_rate_multiplier = 0.25
@@ -552,13 +554,26 @@ def test_groups_are_alive_after_load_model(make_model, kind, trained, tmp_path):
         compiled_model(other.optimizer, other)
         train(other, 2)
         for mine, theirs in zip(groups, other.optimizer.groups, strict=True):
-            assert settings(mine) == settings(theirs)
             assert mine.indices == theirs.indices
-            assert repr(mine) == repr(theirs) or kind == "variable" or kind == "list"
+            for name in ("learning_rate_multiplier", "weight_decay", "frozen"):
+                assert getattr(mine, name) == getattr(theirs, name)
         assert identical(
             model.weights + model.optimizer.variables,
             other.weights + other.optimizer.variables,
         )
+
+
+def test_paths_are_found_but_for_the_names_of_models():
+    def found(path, *trained):
+        variables = [variable(1) for _ in trained]
+        for v, own in zip(variables, trained, strict=True):
+            v._path = own
+        return Trained(variables).places_of(path)
+
+    assert found("a/kernel", "m/a/kernel", "a/kernel") == [1]
+    assert found("a/kernel", "m/a/kernel", "n/m/a/kernel", "b/kernel") == [0, 1]
+    assert found("n/m/a/kernel", "a/kernel", "m/a/kernel", "kernel") == [1]
+    assert found("kernel", "a/kernel") == found("a/kernel", "kernel") == []
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -716,19 +731,9 @@ def test_describe_leaves_out_rules_without_names():
     ]
 
 
-# ---------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------- JAX
 
-
-@pytest.mark.parametrize("members", [[], None, 1, "(", ["bias", 3], {"a": 1}, [[]]])
-def test_what_can_be_no_member_is_refused(members):
-    message = r"`members` must be a regular expression.*Received: members="
-    with pytest.raises(ValueError, match=message + re.escape(repr(members))):
-        Group(members)
-
-
-# ----------------------------------------------------------------- other backends
-
-ELSEWHERE = """
+JAX = """
 import sys
 sys.modules["tensorflow"] = None
 import keras, numpy as np
@@ -747,21 +752,19 @@ assert values == [0.875, 0.0, 1.0], values
 try:
     group.learning_rate_multiplier = 1.0
 except RuntimeError as error:
-    assert keras.backend.backend() == "jax", error
+    print(error)
 """
 
 
-@pytest.mark.parametrize(
-    "backend", ["jax", pytest.param("torch", marks=pytest.mark.torch)]
-)
-def test_on_other_backends(backend):
-    pytest.importorskip(backend)
+def test_on_jax_without_tensorflow():
+    pytest.importorskip("jax")
     finished = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE],
+        [sys.executable, "-c", JAX],
         check=False,
-        env=os.environ | {"KERAS_BACKEND": backend},
+        env=os.environ | {"KERAS_BACKEND": "jax"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "`learning_rate_multiplier` can't change to 1.0" in finished.stdout

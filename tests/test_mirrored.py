@@ -32,6 +32,7 @@ OURS = [
     "lazy_rows",
     "bfloat16_replicas_stay_equal",
     "numbers_of_the_model",
+    "groups",
     "weights_for_evaluation",
     "other_reductions",
     "training_loop_without_build",

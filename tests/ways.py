@@ -19,6 +19,8 @@ import keras
 import numpy as np
 from cases import CASES
 
+import tf_effopt
+
 BATCH, STEPS = 8, 20
 # Several options at once; each case runs with the first, some with all.
 OPTIONS = {
@@ -36,7 +38,17 @@ OPTIONS = {
         "loss_scale_factor": 4.0,
     },
     "clipvalue": {"clipvalue": 0.05},
+    "groups": {"global_clipnorm": 0.5, "use_ema": True, "groups": lambda: groups()},
 }
+
+
+def groups() -> list[tf_effopt.Group]:
+    """New ones for each optimizer."""
+    return [
+        tf_effopt.Group("matrix", learning_rate_multiplier=0.5),
+        tf_effopt.Group("long|matrix|unused", weight_decay=0.05),
+        tf_effopt.Group("row", frozen=True),
+    ]
 
 
 def runs() -> list[tuple]:
@@ -111,6 +123,7 @@ def make_model(case, options, elsewhere=None, jit_compile="auto"):
     layers = [keras.Input((5,)), OddShapes(elsewhere, name="odd")]
     model = keras.Sequential(layers, name="model")
     rate = keras.optimizers.schedules.ExponentialDecay(0.01, 5, 0.8)
+    options = {k: x() if callable(x) else x for k, x in options.items()}
     optimizer = case.make(**{**options, "learning_rate": rate})
     # JAX has no missing gradient: there it is 0, and decay would act.
     optimizer.exclude_from_weight_decay(var_names=["unused"])
