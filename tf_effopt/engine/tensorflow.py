@@ -20,7 +20,7 @@ import tensorflow as tf
 from tf_effopt.engine import is_sparse, stages
 from tf_effopt.engine.base import Engine
 from tf_effopt.engine.inputs import Inputs
-from tf_effopt.engine.plan import OPTIMIZER, Scalars, TrainedVariable
+from tf_effopt.engine.plan import OPTIMIZER, Plan, Scalars, TrainedVariable
 from tf_effopt.engine.sparse import Rows
 from tf_effopt.paths import path_of
 
@@ -38,7 +38,7 @@ class TensorFlowEngine(Engine):
         self._programs: dict[tuple, list[Program]] = {}
         self._pairs: tf.Variable | None = None
         self._skipped: tf.Variable | None = None
-        self._compiles: dict[tuple, bool] = {}
+        self._warned_of: set[str] = set()
 
     # ------------------------------------------------------------- building
 
@@ -224,20 +224,21 @@ class TensorFlowEngine(Engine):
         if isinstance(self.strategy, tf.distribute.TPUStrategy):
             return False  # The whole step is compiled already.
         kinds = _smallest_of_each_kind(variables)
-        key = device, frozenset(kinds)
-        if key not in self._compiles:
-            failure = _xla_failure(device) or self._update_failure(
+        key = device, frozenset(kinds), *_functions_of(self.plan)
+        if key not in _update_failures:
+            _update_failures[key] = _xla_failure(device) or self._update_failure(
                 device, sorted(kinds.values()), variables, state
             )
-            self._compiles[key] = failure is None
-            if failure is not None:
-                log.warning(
-                    "%s updates without XLA on %s: %s",
-                    type(self.optimizer).__name__,
-                    device,
-                    failure.splitlines()[0],
-                )
-        return self._compiles[key]
+        failure = _update_failures[key]
+        if failure is not None and device not in self._warned_of:
+            self._warned_of.add(device)
+            log.warning(
+                "%s updates without XLA on %s: %s",
+                type(self.optimizer).__name__,
+                device,
+                failure.splitlines()[0],
+            )
+        return failure is None
 
     def _update_failure(
         self, device: str, chosen: list[int], variables: list, state: list[dict]
@@ -270,16 +271,52 @@ class TensorFlowEngine(Engine):
         return None
 
 
+# What can't be compiled, and why; None for what can. All optimizers with the same
+# functions share one trial.
+_update_failures: dict[tuple, str | None] = {}
+
+
 def _smallest_of_each_kind(variables: list[TrainedVariable]) -> dict[tuple, int]:
     """Kind -> the position of its smallest variable: what a trial compiles."""
     smallest: dict[tuple, int] = {}
     for i, v in enumerate(variables):
-        # By identity: a constraint need not be hashable.
-        kind = (id(v.constraint), id(v.rule), v.dtype)
+        rule = v.rule.function, repr(sorted(v.rule.fixed.items()))
+        kind = (_by_identity(v.constraint), *rule, v.dtype)
         best = smallest.get(kind)
         if best is None or np.prod(v.shape) < np.prod(variables[best].shape):
             smallest[kind] = i
     return smallest
+
+
+@dataclasses.dataclass(frozen=True)
+class _Identity:
+    """An object as a key, kept alive with it: it need not be hashable."""
+
+    thing: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.thing is other.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
+
+
+def _by_identity(constraint: Any) -> Any:
+    """Keras's own constraints by their class, others by identity."""
+    if constraint is None:
+        return None
+    module = type(constraint).__module__
+    return type(constraint) if module.startswith("keras.") else _Identity(constraint)
+
+
+def _functions_of(plan: Plan) -> list[Callable | None]:
+    """What the update of all variables calls that isn't the engine's own."""
+    bound = [plan.upkeep]
+    bound += [x for t in plan.transforms for x in (t.before, t.after)]
+    bound += [x for _, model in plan.models() for x in (model.rule, model.measure)]
+    if plan.evaluation is not None:
+        bound.append(plan.evaluation.to_training)
+    return [None if x is None else x.function for x in bound]
 
 
 @dataclasses.dataclass
