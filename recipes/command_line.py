@@ -113,7 +113,10 @@ def optimizer_class(name: str) -> type[keras.optimizers.Optimizer]:
 
 
 def make_optimizer(
-    name: str, learning_rate: Any, settings: Sequence[str] = ()
+    name: str,
+    learning_rate: Any,
+    settings: Sequence[str] = (),
+    model: keras.Model | None = None,
 ) -> keras.optimizers.Optimizer:
     """Returns a new optimizer.
 
@@ -121,12 +124,15 @@ def make_optimizer(
         name: of a class of tf_effopt.
         learning_rate: number or schedule.
         settings: further arguments, each as `"KEY=VALUE"`.
+        model: that it is to train, for optimizers that need the roles of weights.
 
     Raises:
         UsageError: name, key or value isn't right.
     """
     cls = optimizer_class(name)
     arguments = dict(_argument(cls, setting) for setting in settings)
+    if model is not None and "roles" in _known_arguments(cls):
+        arguments.setdefault("roles", tf_effopt.roles(model))
     try:
         return cls(learning_rate, **arguments)
     except (ValueError, TypeError) as error:

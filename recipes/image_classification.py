@@ -221,7 +221,7 @@ def make_model(
     several = config.replicas > 1
     model = image_models.make(config.model, data, synchronized=several)
     optimizer = make_optimizer(
-        config.optimizer, learning_rate(config, steps_per_epoch), config.set
+        config.optimizer, learning_rate(config, steps_per_epoch), config.set, model
     )
     if config.precision == "mixed_float16":
         optimizer = tf_effopt.LossScaleOptimizer(optimizer)
