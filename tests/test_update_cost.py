@@ -53,6 +53,8 @@ def entries(results, competitor):
         ("resnet50", 214, 25_583_592),
         ("transformer", 148, 124_439_808),
         ("matrices", 72, 84_934_656),
+        ("digits", 11, 53_226),
+        ("small_transformer", 76, 1_271_808),
         ("one_tensor", 1, 100_000_000),
         ("embedding", 1, 12_800_000),
         ("mirrored", 214, 25_583_592),

@@ -58,6 +58,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 MIRRORED = (OURS, "Keras graph")
 SHORTEST_SAMPLE = 20.0  # milliseconds
 LARGE = 50_000_000  # parameters, above which options aren't measured eagerly
+LONGEST_AXIS = 512  # of a tensor, above which SOAP's first update takes minutes
 
 
 # ------------------------------------------------------------------- what is run
@@ -86,10 +87,18 @@ def all_cases() -> dict[str, Case]:
 
 
 def cases_of(workload: Workload, cases: dict[str, Case]) -> list[Case]:
-    """Sparse gradients are measured for Adam, dense and lazy; the rest is dense."""
+    """Sparse gradients are measured for Adam, dense and lazy; the rest is dense.
+
+    SOAP is left out where its first update takes minutes.
+    """
     if workload.rows is not None:
         return [case for name, case in cases.items() if name in ("adam", "adam_lazy")]
-    return [case for case in cases.values() if not case.config["lazy"]]
+    longest = max(n for shape in workload.shapes for n in shape)
+    return [
+        case
+        for case in cases.values()
+        if not case.config["lazy"] and (case.rule != "SOAP" or longest <= LONGEST_AXIS)
+    ]
 
 
 def competitors_of(workload: Workload) -> list[Competitor]:

@@ -106,11 +106,26 @@ def hidden_matrices(layers: int = 12, width: int = 768) -> list[Shape]:
     return [*[(width, width)] * 4, wide, wide[::-1]] * layers
 
 
+def digits() -> list[Shape]:
+    """The 11 tensors of the recipe's CNN for handwritten digits: 53,226."""
+    shapes: list[Shape] = []
+    for kernel in ((3, 3, 1, 32), (3, 3, 32, 64), (256, 128)):
+        scale = kernel[-1:]
+        shapes += [kernel, scale, scale]
+    return [*shapes, (128, 10), (10,)]
+
+
 def all_workloads() -> dict[str, Workload]:
     """Name -> workload."""
     workloads = [
         Workload("resnet50", "ResNet-50", tuple(resnet50())),
         Workload("transformer", "GPT-2 small", tuple(transformer())),
+        Workload("digits", "The recipe's CNN for digits", tuple(digits())),
+        Workload(
+            "small_transformer",
+            "A Transformer of 6 layers of 128",
+            tuple(transformer(layers=6, width=128, vocabulary=512, context=128)),
+        ),
         Workload(
             "matrices", "Hidden matrices of GPT-2 small", tuple(hidden_matrices())
         ),
