@@ -22,6 +22,7 @@ import tensorflow as tf
 from cases import TRANSFORMS
 
 import tf_effopt
+from tf_effopt.optimizers import muon
 
 optimizers = importlib.import_module(sys.argv[1])
 
@@ -257,6 +258,40 @@ def groups():
     return compare(make)
 
 
+def divided_matrices():
+    """Three of one shape: each replica has two of them, one of these for nothing."""
+    seen = []
+    original = muon.orthogonalized
+
+    def spy(x, *arguments):
+        seen.append(tuple(x.shape))
+        return original(x, *arguments)
+
+    def layer(units, seed, **kwargs):
+        init = keras.initializers.GlorotUniform(seed=seed)
+        return keras.layers.Dense(units, kernel_initializer=init, **kwargs)
+
+    def model():
+        layers = [layer(16, seed, activation="tanh") for seed in range(4)]
+        head = layer(8, seed=4, name="head")
+        return keras.Sequential([keras.Input((8,)), *layers, head])
+
+    def make():
+        optimizer = optimizers.Muon(0.01, exclude_layers=["head"])
+        tf_effopt.distribute.divide_matrix_work(optimizer)
+        return optimizer
+
+    targets = np.random.default_rng(1).normal(size=(64, 8)).astype("float32")
+    muon.orthogonalized = spy
+    try:
+        two = fit(2, make, make_model=model, y=targets)
+        of_two, seen[:] = list(seen), []
+        result = comparison(two, make, make_model=model, y=targets)
+    finally:
+        muon.orthogonalized = original
+    return result | {"of_two": of_two[-2:], "of_one": seen[-2:]}
+
+
 def weights_for_evaluation():
     """They are in place after `fit`; so are those to train at, when put back."""
     models = []
@@ -372,6 +407,7 @@ OURS = [
     bfloat16_replicas_stay_equal,
     numbers_of_the_model,
     groups,
+    divided_matrices,
     weights_for_evaluation,
     other_reductions,
     training_loop_without_build,

@@ -38,7 +38,7 @@ def programs(optimizer) -> list:
 def arguments(optimizer, gradients):
     numbers = optimizer._engine.scalars()
     scalars = numbers.iterations, numbers.learning_rate, numbers.pairs, numbers.model
-    return list(gradients), scalars, None
+    return list(gradients), scalars, None, None
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))

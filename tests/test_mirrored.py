@@ -33,6 +33,7 @@ OURS = [
     "bfloat16_replicas_stay_equal",
     "numbers_of_the_model",
     "groups",
+    "divided_matrices",
     "weights_for_evaluation",
     "other_reductions",
     "training_loop_without_build",
@@ -91,6 +92,12 @@ def test_infinite_gradient_halves_our_scale(ours):
     assert result["scale"] == 8.0 / 4  # one bad step in each of two epochs
     assert result["iterations"] == 2 * 64 // 16 - 2
     assert result["skipped"] == 2
+
+
+def test_matrices_are_divided_among_replicas(ours):
+    result = ours["divided_matrices"]
+    assert sorted(result["of_two"]) == [[1, 8, 16], [2, 16, 16]]
+    assert sorted(result["of_one"]) == [[1, 8, 16], [3, 16, 16]]
 
 
 def test_one_compiled_program_per_replica(ours):

@@ -482,3 +482,27 @@ def test_errors_of_muon():
         tf_effopt.Muon(iteration="svd")
     with pytest.raises(ValueError, match="can't be combined with Muon"):
         tf_effopt.Muon(lazy=True)
+
+
+def test_errors_of_divided_work():
+    divide = tf_effopt.distribute.divide_matrix_work
+    with pytest.raises(ValueError, match="takes an optimizer of tf_effopt. Received"):
+        divide(keras.optimizers.Muon())
+    with pytest.raises(
+        ValueError, match="can't be combined with gradient accumulation"
+    ):
+        divide(tf_effopt.Muon(gradient_accumulation_steps=2))
+    built = tf_effopt.Muon(exclude_layers=["kernel"])
+    built.build(small_model().trainable_variables)
+    with pytest.raises(ValueError, match="is built already"):
+        divide(built)
+
+
+def test_divided_work_on_one_device_is_the_same():
+    inner = tf_effopt.Muon(0.01, roles=tf_effopt.roles(small_model()))
+    divided = tf_effopt.LossScaleOptimizer(inner, initial_scale=8.0)
+    tf_effopt.distribute.divide_matrix_work(divided)
+    plain = tf_effopt.Muon(0.01, roles=tf_effopt.roles(small_model()))
+    models = [train(compiled_model(optimizer), 2) for optimizer in (divided, plain)]
+    for ours, theirs in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)

@@ -15,7 +15,7 @@ except ImportError as error:
         "KERAS_BACKEND=torch."
     ) from error
 
-from tf_effopt import callbacks, hyperparameters, rules, transforms
+from tf_effopt import callbacks, distribute, hyperparameters, rules, transforms
 from tf_effopt.base import Optimizer
 from tf_effopt.groups import Group
 from tf_effopt.layer_roles import roles
@@ -62,6 +62,7 @@ __all__ = [
     "ScheduleFreeAdamW",
     "Yogi",
     "callbacks",
+    "distribute",
     "hyperparameters",
     "roles",
     "rules",

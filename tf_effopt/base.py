@@ -549,6 +549,7 @@ class Optimizer(keras.optimizers.Optimizer):
         with self._engine.building():  # under this one's strategy
             other = type(self)(**config)
         other._decay_exclusions = self._decay_exclusions.copy(memo)
+        other._engine.divides_matrices = self._engine.divides_matrices
         return other
 
     def __deepcopy__(self, memo: dict) -> Optimizer:

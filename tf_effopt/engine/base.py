@@ -37,6 +37,7 @@ class Engine:
             `compensation`. None for a variable that isn't trained by a rule.
         model_state: owner -> letter -> Keras variable: the slots of rules for
             the whole model.
+        divides_matrices: whether each replica works on its share of the matrices.
         owners: whose hyper-parameters there are: the optimizer, its transforms
             and its groups.
     """
@@ -44,6 +45,7 @@ class Engine:
     def __init__(self, optimizer: Any):
         self.optimizer = optimizer
         self.owners: list[Any] = [optimizer]
+        self.divides_matrices = False
         self.state: list[dict | None] = []
         self.model_state: dict[int, dict[str, Any]] = {}
         self.variables: list[TrainedVariable | None] = []

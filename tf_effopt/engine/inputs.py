@@ -26,6 +26,8 @@ class Inputs:
         scalars: the numbers of this step.
         totals: phase -> sums over all devices, those known so far; None where
             there is one device only.
+        matrix_steps: what `matrices.matrix_steps` returns, if it is known; None
+            where it is to be computed.
     """
 
     plan: Plan
@@ -34,6 +36,7 @@ class Inputs:
     gradients: list[Any]
     scalars: Scalars
     totals: dict[str, dict[str, Any]] | None = None
+    matrix_steps: dict[int, tuple[Any, dict]] | None = None
 
     @property
     def scalar_dtype(self) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
+import keras
 from keras import ops
 
 from tf_effopt.engine.inputs import Inputs, in_compute_dtype
@@ -36,8 +39,49 @@ class View:
         return ops.reshape(x, self.shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which matrices one of several replicas works on.
+
+    Attributes:
+        replica: its number, an integer or a scalar tensor.
+        replicas: how many there are.
+    """
+
+    replica: Any
+    replicas: int
+
+    def of(self, function: Callable, count: int) -> Callable:
+        """`function` of nested stacks of `count`, with zeros for other shares.
+
+        The sum of what all replicas get is what one gets of all.
+        """
+        size = -(-count // self.replicas)
+        place = ops.arange(count) - self.replica * size  # in this replica's share
+        mine = ops.logical_and(place >= 0, place < size)
+        numbers = ops.minimum(self.replica * size + ops.arange(size), count - 1)
+
+        def cut(x: Any) -> Any:
+            return ops.take(x, numbers, axis=0)
+
+        def put(x: Any) -> Any:
+            x = ops.take(x, ops.clip(place, 0, size - 1), axis=0)
+            chosen = ops.reshape(mine, (count,) + (1,) * (len(x.shape) - 1))
+            return ops.where(chosen, x, ops.zeros_like(x))
+
+        def shared(*stacks: Any) -> Any:
+            results = function(*(keras.tree.map_structure(cut, x) for x in stacks))
+            return keras.tree.map_structure(put, results)
+
+        return shared
+
+
 def matrix_steps(
-    inputs: Inputs, state: list[dict], gradients: list[Any], arguments: Arguments
+    inputs: Inputs,
+    state: list[dict],
+    gradients: list[Any],
+    arguments: Arguments,
+    share: Share | None = None,
 ) -> dict[int, tuple[Any, dict]]:
     """Position -> `(delta, slots)`, for the variables that have matrices."""
     alike: dict[tuple, list[int]] = {}
@@ -50,7 +94,7 @@ def matrix_steps(
             alike.setdefault(key, []).append(i)
     steps = {}
     for members in alike.values():
-        steps |= _together(inputs, members, views, state, gradients, arguments)
+        steps |= _together(inputs, members, views, state, gradients, arguments, share)
     return steps
 
 
@@ -61,6 +105,7 @@ def _together(
     state: list[dict],
     gradients: list[Any],
     arguments: Arguments,
+    share: Share | None,
 ) -> dict[int, tuple[Any, dict]]:
     """The rule once, for variables that are trained alike."""
     first = inputs.variables[members[0]]
@@ -73,14 +118,19 @@ def _together(
         ]
         return parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=0)
 
-    mine = arguments.for_variable(first)
+    def rule(g: Any, slots: dict, own: dict) -> tuple[Any, dict]:
+        return first.rule(g, slots, arguments=arguments.for_variable(first) | own)
+
+    own = {}
     if "w" in first.rule.names:
         weights = [state[i]["weight"] for i in members]
-        mine |= {"w": stacked([ops.cast(w, first.compute_dtype) for w in weights])}
-    delta, after = first.rule(
+        own["w"] = stacked([ops.cast(w, first.compute_dtype) for w in weights])
+    if share is not None:
+        rule = share.of(rule, sum(views[i].count for i in members))
+    delta, after = rule(
         stacked([gradients[i] for i in members]),
         {letter: stacked([x[letter] for x in slots]) for letter in slots[0]},
-        arguments=mine,
+        own,
     )
     steps, start = {}, 0
     for i, before in zip(members, slots, strict=True):

@@ -42,6 +42,7 @@ from tf_effopt.engine.gradients import (
     unscaled,
 )
 from tf_effopt.engine.inputs import Inputs
+from tf_effopt.engine.matrices import Share, matrix_steps
 from tf_effopt.engine.plan import OPTIMIZER, Arguments, Plan
 from tf_effopt.engine.updates import updated, upkept
 
@@ -79,33 +80,62 @@ def partial_sums(inputs: Inputs, phase: str) -> dict[str, Any]:
     return Transformed(inputs, gradients).run(until=phase)
 
 
+class Prepared:
+    """Stages 3 to 6, up to the numbers of the rules.
+
+    Attributes:
+        gradients: in the dtype of the arithmetic, loss scaling undone.
+        total: a number that is finite only if the whole gradient is.
+    """
+
+    def __init__(self, inputs: Inputs):
+        self.inputs = inputs
+        self.gradients = unscaled(inputs)
+        self._measured = measured_numbers(inputs, self.gradients)
+        self.total = inputs.total(
+            GRADIENT, lambda: {"total": sum_of(self._measured, inputs.scalar_dtype)}
+        )["total"]
+
+    def transformed(self) -> Transformed:
+        inputs = self.inputs
+        mean = accumulated(inputs, self.gradients)
+        clipped = clipped_gradients(inputs, mean, self._measured, self.total)
+        work = Transformed(inputs, clipped)
+        work.run()
+        return work
+
+    def arguments(self, work: Transformed) -> tuple[Arguments, dict]:
+        """What the rules may ask for, and the model's next slots."""
+        numbers, model = work.optimizer_numbers()
+        arguments = Arguments(self.inputs.plan, self.inputs.scalars, self.inputs.t)
+        arguments.numbers = work.arguments.numbers | {OPTIMIZER: numbers}
+        return arguments, model
+
+
+def matrix_share(inputs: Inputs, share: Share) -> dict[int, tuple[Any, dict]]:
+    """What `matrix_steps` returns, with zeros for matrices of other replicas."""
+    prepared = Prepared(inputs)
+    work = prepared.transformed()
+    arguments, _ = prepared.arguments(work)
+    return matrix_steps(inputs, inputs.state, work.gradients, arguments, share)
+
+
 def step(inputs: Inputs) -> tuple[list[dict], Outcome]:
     """Stages 3 to 12 for the variables of one device; returns the next state."""
     plan, scalars = inputs.plan, inputs.scalars
-    gradients = unscaled(inputs)
-    measured = measured_numbers(inputs, gradients)
-    total = inputs.total(
-        GRADIENT, lambda: {"total": sum_of(measured, inputs.scalar_dtype)}
-    )["total"]
+    prepared = Prepared(inputs)
+    gradients, total = prepared.gradients, prepared.total
     finite = ops.logical_and(ops.isfinite(total), ops.isfinite(scalars.learning_rate))
     n = plan.accumulation_steps
     proceed = finite
     if n > 1:
         proceed = ops.logical_and(finite, (scalars.iterations + 1) % n == 0)
 
-    def transformed() -> Transformed:
-        clipped = clipped_gradients(
-            inputs, accumulated(inputs, gradients), measured, total
-        )
-        work = Transformed(inputs, clipped)
-        work.run()
-        return work
-
     counted = ops.cast(finite, scalars.iterations.dtype)
     decided = None
     if plan.decides:
         # Whether to go on has to be known before the branch.
-        decided = transformed()
+        decided = prepared.transformed()
         skips = ops.logical_and(proceed, decided.skips)
         # The micro-steps of this update are taken back.
         counted = ops.where(skips, ops.cast(1 - n, counted.dtype), counted)
@@ -121,10 +151,8 @@ def step(inputs: Inputs) -> tuple[list[dict], Outcome]:
     mark = ops.cast(finite, "float32")
 
     def update() -> tuple[list[dict], dict, Any]:
-        work = decided or transformed()
-        numbers, model = work.optimizer_numbers()
-        arguments = Arguments(plan, scalars, inputs.t)
-        arguments.numbers = work.arguments.numbers | {OPTIMIZER: numbers}
+        work = decided or prepared.transformed()
+        arguments, model = prepared.arguments(work)
         after = updated(inputs, before, work.gradients, arguments)
         if plan.upkeep is not None:
             after = upkept(inputs, after, work.gradients, arguments)

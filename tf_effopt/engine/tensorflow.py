@@ -20,6 +20,7 @@ import tensorflow as tf
 from tf_effopt.engine import is_sparse, stages
 from tf_effopt.engine.base import Engine
 from tf_effopt.engine.inputs import Inputs
+from tf_effopt.engine.matrices import Share
 from tf_effopt.engine.plan import OPTIMIZER, Plan, Scalars, TrainedVariable
 from tf_effopt.engine.sparse import Rows
 from tf_effopt.paths import path_of
@@ -107,7 +108,16 @@ class TensorFlowEngine(Engine):
                     name: tf.add_n([s[name] for s in sums if name in s])
                     for name in dict.fromkeys(name for s in sums for name in s)
                 }
-        outcomes = [p.run(gradients, scalars, totals) for p in programs]
+        shares = [None] * len(programs)
+        if self.divides_matrices and self.strategy.num_replicas_in_sync > 1:
+            # No branch may hold this sum: it comes before the finite check's.
+            shares = self._all_reduce_each(
+                [p.matrix_share(gradients, scalars, totals) for p in programs]
+            )
+        outcomes = [
+            p.run(gradients, scalars, totals, share)
+            for p, share in zip(programs, shares, strict=True)
+        ]
         outcome = outcomes[0]  # that of all devices is the same
         _assign(_map(_local, self.model_state), scalars.model, outcome.model)
         self._count(optimizer._iterations, outcome.counted)
@@ -157,6 +167,11 @@ class TensorFlowEngine(Engine):
         ):
             return context.merge_call(_reduce_on_this_host, args=(gradients,))
         return context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+
+    def _all_reduce_each(self, nested: Any) -> Any:
+        """The sums over replicas of nested tensors."""
+        flat = tf.nest.flatten(nested)
+        return tf.nest.pack_sequence_as(nested, self._all_reduce(flat) if flat else [])
 
     def finite_everywhere(self, finite: Any) -> Any:
         count = self._all_reduce([tf.cast(finite, "float32")])[0]
@@ -341,17 +356,43 @@ class Program:
         options = {"jit_compile": True} if compiles else {}
         self.run_function = tf.function(self._run, autograph=False, **options)
         self.measure_function = tf.function(self._measure, autograph=False, **options)
-        for function in (self.run_function, self.measure_function):
+        self.share_function = tf.function(
+            self._matrix_share, autograph=False, **options
+        )
+        for function in (
+            self.run_function,
+            self.measure_function,
+            self.share_function,
+        ):
             # Every optimizer traces this code once: that isn't retracing.
             function._omit_frequent_tracing_warning = True
 
     def run(
-        self, gradients: list[Any], scalars: Scalars, totals: dict | None
+        self,
+        gradients: list[Any],
+        scalars: Scalars,
+        totals: dict | None,
+        matrix_steps: dict | None,
     ) -> stages.Outcome:
         """Updates the variables."""
         with tf.device(self.device):
             return stages.Outcome(
-                *self.run_function(self._own(gradients), _plain(scalars), totals)
+                *self.run_function(
+                    self._own(gradients), _plain(scalars), totals, matrix_steps
+                )
+            )
+
+    def matrix_share(
+        self, gradients: list[Any], scalars: Scalars, totals: dict | None
+    ) -> dict:
+        """This replica's share of the work on matrices."""
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        with tf.device(self.device):
+            return self.share_function(
+                self._own(gradients),
+                _plain(scalars),
+                totals,
+                tf.convert_to_tensor(replica),
             )
 
     def measure(
@@ -367,7 +408,11 @@ class Program:
         return [None if p is None else gradients[p] for p in self.positions]
 
     def _inputs(
-        self, gradients: list[Any], scalars: tuple, totals: dict | None
+        self,
+        gradients: list[Any],
+        scalars: tuple,
+        totals: dict | None,
+        matrix_steps: dict | None = None,
     ) -> Inputs:
         return Inputs(
             self.engine.plan,
@@ -376,15 +421,28 @@ class Program:
             [_rows(g) for g in gradients],
             Scalars(*scalars),
             totals,
+            matrix_steps,
         )
+
+    def _matrix_share(
+        self, gradients: list[Any], scalars: tuple, totals: dict | None, replica: Any
+    ) -> dict:
+        share = Share(replica, self.engine.strategy.num_replicas_in_sync)
+        return stages.matrix_share(self._inputs(gradients, scalars, totals), share)
 
     def _measure(
         self, phase: str, gradients: list[Any], scalars: tuple, totals: dict
     ) -> dict[str, Any]:
         return stages.partial_sums(self._inputs(gradients, scalars, totals), phase)
 
-    def _run(self, gradients: list[Any], scalars: tuple, totals: dict | None) -> tuple:
-        inputs = self._inputs(gradients, scalars, totals)
+    def _run(
+        self,
+        gradients: list[Any],
+        scalars: tuple,
+        totals: dict | None,
+        matrix_steps: dict | None,
+    ) -> tuple:
+        inputs = self._inputs(gradients, scalars, totals, matrix_steps)
         after, outcome = stages.step(inputs)
         for tensors, old, new in zip(self.state, inputs.state, after, strict=True):
             _assign(tensors, old, new)

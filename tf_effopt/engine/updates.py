@@ -23,7 +23,9 @@ def updated(
             tensors | {"weight": _at_training(inputs, v, tensors, arguments)}
             for v, tensors in zip(inputs.variables, state, strict=True)
         ]
-    steps = matrix_steps(inputs, state, gradients, arguments)
+    steps = inputs.matrix_steps
+    if steps is None:
+        steps = matrix_steps(inputs, state, gradients, arguments)
     return [
         _update_one(inputs, v, tensors, g, arguments, steps.get(i))
         for i, (v, tensors, g) in enumerate(
