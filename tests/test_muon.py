@@ -241,8 +241,21 @@ def test_views_go_back():
 def test_filters_of_single_channels_are_no_matrices():
     separable = built(keras.layers.SeparableConv2D(4, 3, name="s"), (5, 5, 2))
     assert tf_effopt.roles(separable).paths("hidden") == ["s/pointwise_kernel"]
-    depthwise = built(keras.layers.DepthwiseConv2D(3), (5, 5, 2))
-    assert tf_effopt.roles(depthwise).paths("hidden") == []
+    for layer in (
+        keras.layers.DepthwiseConv2D(3),
+        keras.layers.Conv2D(4, 3, groups=2),  # of 2 channels: the same
+    ):
+        assert tf_effopt.roles(built(layer, (5, 5, 2))).paths("hidden") == []
+
+
+def test_a_layer_that_is_unfrozen_later_has_its_role():
+    model = transformer()
+    model.get_layer("up").trainable = False
+    optimizer = tf_effopt.Muon(roles=tf_effopt.roles(model))
+    optimizer.build(model.trainable_variables)
+    model.get_layer("up").trainable = True
+    other = optimizer.carry_over(model.trainable_variables)
+    assert "muon" in next(x for x in other.describe().splitlines() if "up/k" in x)
 
 
 def test_a_layer_of_your_own_is_named():
@@ -462,7 +475,7 @@ def test_errors_of_roles():
     with pytest.raises(ValueError, match="isn't built"):
         tf_effopt.roles(keras.Sequential([keras.layers.Dense(2)]))
     model = small_model()
-    with pytest.raises(ValueError, match="matches no trainable variable; the nearest"):
+    with pytest.raises(ValueError, match="matches no weight; the nearest"):
         tf_effopt.roles(model, {"frist/kernel": "head"})
     with pytest.raises(ValueError, match="'embedding', 'head' or 'other'|must be one"):
         tf_effopt.roles(model, {"first": "inner"})

@@ -20,6 +20,12 @@ OPTIONS = {
     # Saved between the first and the second gradient of an update.
     "accumulation": {"gradient_accumulation_steps": 2},
     "averages": {"use_ema": True, "ema_overwrite_frequency": 2},
+    "groups": {
+        "groups": [
+            tf_effopt.Group("kernel", learning_rate_multiplier=0.5, weight_decay=0.1),
+            tf_effopt.Group("bias", frozen=True),
+        ]
+    },
     "schedule": {
         "learning_rate": keras.optimizers.schedules.CosineDecay(0.1, 8),
     },

@@ -190,7 +190,7 @@ def roles(model: keras.Model, override: Mapping[str, str] | None = None) -> Role
         head = dataclasses.replace(found[id(variable)], kind=HEAD)
         found[id(variable)] = _stricter(found[id(variable)], head)
     entries = []
-    for variable in model.trainable_variables:
+    for variable in model.weights:  # also frozen ones: they may be trained later
         path, shape = path_of(variable), tuple(variable.shape)
         entries.append(
             (path, shape, found.get(id(variable)) or role_by_path(path, shape))
@@ -226,7 +226,7 @@ def _overridden(entries: list, override: Mapping[str, str]) -> tuple[list, bool]
         if not places:
             near = nearest_paths(pattern, [path for path, _, _ in entries])
             raise ValueError(
-                f"The pattern {pattern!r} matches no trainable variable; the nearest "
+                f"The pattern {pattern!r} matches no weight; the nearest "
                 f"paths are {', '.join(near)}."
             )
         for i in places:
@@ -263,7 +263,9 @@ def _roles_of(layer: Any) -> Iterator[tuple[Any, Role]]:
         yield layer.depthwise_kernel, Role(OTHER)
         yield layer.pointwise_kernel, _last_axis_role(layer.pointwise_kernel.shape)
     elif isinstance(layer, CONVOLUTIONS):
-        yield layer._kernel, _beside_each_other(layer._kernel.shape, layer.groups)
+        is_depthwise = layer.groups > 1 and layer._kernel.shape[-2] == 1
+        of_groups = _beside_each_other(layer._kernel.shape, layer.groups)
+        yield layer._kernel, Role(OTHER) if is_depthwise else of_groups
     elif (gates := _gates_of(type(layer))) is not None:
         for kernel in (layer.kernel, layer.recurrent_kernel):
             yield kernel, _beside_each_other(kernel.shape, gates)

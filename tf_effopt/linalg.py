@@ -39,6 +39,9 @@ def orthogonalized(x: Any, coefficients: list[tuple], margin: float = 1.0) -> An
         margin: times the norm, what `x` is first divided by; so that rounding
             leaves no singular value above 1.
     """
+    if len(x.shape) > 2 and x.shape[0] == 1:
+        # XLA on CPU takes twice the time for the product of stacks of one.
+        return orthogonalized(x[0], coefficients, margin)[None]
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = ops.swapaxes(x, -1, -2)

@@ -58,6 +58,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 MIRRORED = (OURS, "Keras graph")
 SHORTEST_SAMPLE = 20.0  # milliseconds
 LARGE = 50_000_000  # parameters, above which options aren't measured eagerly
+CASES_OF_A_PROCESS = 4  # compiled programs stay in memory, a GB for each case
 LONGEST_AXIS = 512  # of a tensor, above which SOAP's first update takes minutes
 
 
@@ -178,20 +179,21 @@ def measure_workload(
     competitors = competitors_of(workload)
     missing = {c.name for c in competitors if not all(map(is_installed, c.packages))}
     frameworks = {c.framework for c in competitors if c.name not in missing}
-    workers = {name: Worker(name, workload) for name in sorted(frameworks)}
-    try:
-        for name, worker in workers.items():
-            software[name] = worker.ask("start")
-        results = []
-        for case in cases:
-            result = measure_case(
-                workload, case, competitors, missing, workers, repeats, copy
-            )
-            results.append(result)
-            print(report.progress_line(result), flush=True)
-    finally:
-        for worker in workers.values():
-            worker.stop()
+    results = []
+    for start in range(0, len(cases), CASES_OF_A_PROCESS):
+        workers = {name: Worker(name, workload) for name in sorted(frameworks)}
+        try:
+            for name, worker in workers.items():
+                software[name] = worker.ask("start")
+            for case in cases[start : start + CASES_OF_A_PROCESS]:
+                result = measure_case(
+                    workload, case, competitors, missing, workers, repeats, copy
+                )
+                results.append(result)
+                print(report.progress_line(result), flush=True)
+        finally:
+            for worker in workers.values():
+                worker.stop()
     return results
 
 
