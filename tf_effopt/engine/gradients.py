@@ -50,7 +50,7 @@ def measured_numbers(inputs: Inputs, gradients: list[Any]) -> list[Any]:
 
     Squared norms where a stage clips by norms, else sums. Their sum is finite
     only if the whole gradient is. There is one number for each gradient if
-    each is clipped by its own; else small tensors share one.
+    each is clipped by its own; else tensors of one shape share one.
     """
     plan = inputs.plan
     seen = []
@@ -62,9 +62,9 @@ def measured_numbers(inputs: Inputs, gradients: list[Any]) -> list[Any]:
         elif isinstance(g, Rows):
             g = g.unique
         seen.append(g)
-    if plan.clip != "clipnorm":
-        seen = clipping.joined(seen)
-    return [clipping.squared_norm(g) if plan.needs_norms else ops.sum(g) for g in seen]
+    groups = [[g] for g in seen] if plan.clip == "clipnorm" else clipping.alike(seen)
+    measure = clipping.squared_norm if plan.needs_norms else clipping.total
+    return [measure(*group) for group in groups]
 
 
 def sum_of(numbers: list[Any], dtype: str) -> Any:
