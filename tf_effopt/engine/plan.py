@@ -121,6 +121,8 @@ class Plan:
         accumulation_steps: gradients summed up for one update.
         clip: None or the clipping argument that is set.
         ema, loss_scale, overwrites: whether the stage exists.
+        selects: whether a step to be skipped is computed and not taken, as is best on
+            a TPU; else it goes through another branch, as is best elsewhere.
     """
 
     numbers: dict[tuple[int, str], Any]
@@ -134,6 +136,7 @@ class Plan:
     ema: bool
     overwrites: bool
     loss_scale: bool
+    selects: bool = False
 
     @property
     def needs_norms(self) -> bool:

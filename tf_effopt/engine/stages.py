@@ -29,7 +29,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from keras import ops
+from keras import ops, tree
 
 from tf_effopt.engine.gradients import (
     GRADIENT,
@@ -158,7 +158,11 @@ def step(inputs: Inputs) -> tuple[list[dict], Outcome]:
             after = upkept(inputs, after, work.gradients, arguments)
         return after, model, mark * 0.0
 
-    after, model, mark = ops.cond(proceed, update, lambda: (before, model_before, mark))
+    unchanged = (before, model_before, mark)
+    if plan.selects and n == 1:
+        after, model, mark = _where(proceed, update(), unchanged)
+    else:
+        after, model, mark = ops.cond(proceed, update, lambda: unchanged)
     if n > 1:
         if plan.decides:
             mark = ops.where(skips, ops.zeros_like(mark), mark)
@@ -166,12 +170,8 @@ def step(inputs: Inputs) -> tuple[list[dict], Outcome]:
     return after, Outcome(finite, counted, model)
 
 
-def _where(condition: Any, one: dict, other: dict) -> dict:
-    """`ops.where` over dicts of dicts of scalars."""
-    return {
-        owner: {
-            letter: ops.where(condition, x, other[owner][letter])
-            for letter, x in slots.items()
-        }
-        for owner, slots in one.items()
-    }
+def _where(condition: Any, one: Any, other: Any) -> Any:
+    """`ops.where` over nested tensors, where they aren't the same ones."""
+    return tree.map_structure(
+        lambda x, y: x if x is y else ops.where(condition, x, y), one, other
+    )

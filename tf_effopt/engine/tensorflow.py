@@ -72,6 +72,8 @@ class TensorFlowEngine(Engine):
         self, state: list[dict | None], model_state: dict[int, dict[str, Any]]
     ) -> None:
         super().build(state, model_state)
+        selects = _compiles_steps(self.strategy)
+        self.plan = dataclasses.replace(self.plan, selects=selects)
         only_first = tf.VariableAggregation.ONLY_FIRST_REPLICA
         # Outside of what Keras and `tf.train.Checkpoint` track: their number
         # and order of variables stays Keras's.
@@ -236,8 +238,8 @@ class TensorFlowEngine(Engine):
 
     def compiles_on(self, device: str, variables: list, state: list[dict]) -> bool:
         """Whether XLA can run this optimizer's update on `device`."""
-        if isinstance(self.strategy, tf.distribute.TPUStrategy):
-            return False  # The whole step is compiled already.
+        if _compiles_steps(self.strategy):
+            return False
         kinds = _smallest_of_each_kind(variables)
         key = device, frozenset(kinds), *_functions_of(self.plan)
         if key not in _update_failures:
@@ -284,6 +286,12 @@ class TensorFlowEngine(Engine):
             except tf.errors.OpError as error:
                 return error.message
         return None
+
+
+def _compiles_steps(strategy: tf.distribute.Strategy) -> bool:
+    """Whether a strategy compiles whole steps, for TPU; see also `tf_effopt.tpu`."""
+    is_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
+    return is_tpu or getattr(strategy, "compiles_steps", False)
 
 
 # What can't be compiled, and why; None for what can. All optimizers with the same

@@ -1,0 +1,204 @@
+"""libtpu's compiler, by the private names of jax that lead to it.
+
+All that isn't public in jax is here, so the three wheels are pinned together:
+
+- `jax._src.lib._jax.mlir.hlo_to_stablehlo`
+- `jax._src.interpreters.mlir.make_ir_context`, `jaxlib.mlir.ir`
+- `jax._src.lib.xla_client`: `CompileOptions`, `DeviceAssignment`, `DeviceList`
+- of a device `client.compile`; of what that returns `get_compiled_memory_stats`
+  and `hlo_modules`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+PINNED = {"jax": "0.10.2", "jaxlib": "0.10.2", "libtpu": "0.0.52"}
+EXTRA = "tf_effopt[tpu-compile]"
+# libtpu reads them when it is loaded: no metadata server is asked for a TPU, and
+# several processes may compile at once.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+TOPOLOGIES = "v4:2x2x1, v5e:2x2, v5e:4x4, v5p:2x2x1, v6e:2x2"  # some that exist
+
+
+class CompileError(Exception):
+    """The compiler refused a program; the message says why."""
+
+
+class OutOfMemory(CompileError):
+    """The program needs more memory than a device has.
+
+    Attributes:
+        needed, available: in GiB.
+    """
+
+    def __init__(self, needed: float, available: float):
+        super().__init__(
+            f"out of memory: it needs {needed:.2f} GiB of the {available:.2f} GiB "
+            "of a device"
+        )
+        self.needed = needed
+        self.available = available
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program for TPU.
+
+    Attributes:
+        argument_bytes: of its inputs, on one device.
+        alias_bytes: of the inputs whose place its outputs take.
+        output_bytes: of its outputs, aliased ones included.
+        temporary_bytes: of what it needs besides.
+        code_bytes: of the program itself.
+        text: the optimized program; None if jaxlib can't read what libtpu made.
+    """
+
+    argument_bytes: int
+    alias_bytes: int
+    output_bytes: int
+    temporary_bytes: int
+    code_bytes: int
+    text: str | None
+
+
+def check_installed() -> None:
+    """Raises `ImportError` if the compiler isn't there, or isn't the one known."""
+    versions = {}
+    for name in PINNED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "none"
+    if versions == PINNED:
+        return
+    raise ImportError(
+        "To compile for TPU needs "
+        + ", ".join(f"{name} {version}" for name, version in PINNED.items())
+        + f", in an environment without tensorflow-tpu: pip install '{EXTRA}'. Found: "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+    )
+
+
+@functools.cache
+def topology_devices(topology: str) -> tuple[Any, ...]:
+    """The devices of a TPU slice, such as `"v5e:2x2"`; none of them is here.
+
+    Raises:
+        ValueError: there is no such topology.
+        ImportError: the compiler isn't installed.
+    """
+    check_installed()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import jax
+    from jax.experimental import topologies
+
+    try:
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"There is no such topology; some are {TOPOLOGIES}. Received: "
+            f"topology={topology!r} ({str(error).splitlines()[0]})"
+        ) from error
+    return tuple(description.devices)
+
+
+def compile_hlo(hlo: bytes, topology: str, replicas: int) -> Compiled:
+    """Compiles a program for the first `replicas` devices of a topology.
+
+    Args:
+        hlo: a serialized `HloModuleProto`, as TensorFlow lowers it for a CPU.
+        topology: such as `"v5e:2x2"`.
+        replicas: how many devices run the program, each on its own data.
+
+    Raises:
+        CompileError: the compiler refused it.
+    """
+    devices = topology_devices(topology)[:replicas]
+    import jax
+    from jax._src.interpreters import mlir
+    from jax._src.lib import _jax, xla_client
+    from jaxlib.mlir import ir
+
+    options = xla_client.CompileOptions()
+    options.num_replicas = replicas
+    options.num_partitions = 1
+    options.device_assignment = xla_client.DeviceAssignment.create(
+        np.arange(replicas).reshape(replicas, 1)
+    )
+    with mlir.make_ir_context():
+        module = ir.Module.parse(_jax.mlir.hlo_to_stablehlo(hlo))
+        for operation in list(_operations(module.operation)):
+            if operation.name == "mhlo.copy":  # which libtpu can't read
+                operation.results[0].replace_all_uses_with(operation.operands[0])
+                operation.erase()
+            elif _draws_as_a_tpu_would(operation):
+                # TensorFlow's choice for a TPU, where Keras leaves it open.
+                default = ir.Attribute.parse("#stablehlo<rng_algorithm DEFAULT>")
+                operation.attributes["rng_algorithm"] = default
+        try:
+            executable = devices[0].client.compile(
+                module, xla_client.DeviceList(devices), options
+            )
+        except jax.errors.JaxRuntimeError as error:
+            raise _in_words(str(error)) from error
+    memory = executable.get_compiled_memory_stats()
+    return Compiled(
+        memory.argument_size_in_bytes,
+        memory.alias_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+        _text(executable),
+    )
+
+
+def _text(executable: Any) -> str | None:
+    import jax
+
+    try:
+        return executable.hlo_modules()[0].to_string()
+    except jax.errors.JaxRuntimeError:  # of some asynchronous instructions
+        return None
+
+
+def _draws_as_a_tpu_would(operation: Any) -> bool:
+    """Whether random bits can be those of a TPU's own generator, by their state."""
+    return (
+        operation.name == "stablehlo.rng_bit_generator"
+        and str(operation.operands[0].type) == "tensor<2xui64>"
+    )
+
+
+def _operations(operation: Any) -> Iterator[Any]:
+    for region in operation.regions:
+        for block in region:
+            for inner in list(block):
+                yield from _operations(inner.operation)
+                yield inner.operation
+
+
+def _in_words(message: str) -> CompileError:
+    sizes = re.search(
+        r"\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)G\)", message
+    )
+    if "RESOURCE_EXHAUSTED" in message and sizes:
+        unit = {"K": 2**-20, "M": 2**-10, "G": 1.0}[sizes[2]]
+        return OutOfMemory(float(sizes[1]) * unit, float(sizes[3]))
+    return CompileError(message.partition("\nSee https")[0].strip())

@@ -1,0 +1,63 @@
+"""A strategy whose replicas are the devices that one program is compiled for.
+
+TensorFlow's own `TPUStrategy` wants a TPU. Under this one a function is traced once,
+as under that, and its sums over replicas become all-reduces of the program, in the
+optimizer as well as in layers such as `BatchNormalization(synchronized=True)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+# Private: what TensorFlow's strategies are made of.
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+from tensorflow.python.distribute.one_device_strategy import OneDeviceExtended
+
+
+class ProgramStrategy(tf.distribute.Strategy):
+    """`replicas` devices, each running the same program on its own data."""
+
+    compiles_steps = True  # as the engine asks: nothing has to be compiled by itself
+
+    def __init__(self, replicas: int):
+        super().__init__(_Extended(self, replicas))
+
+
+class _Extended(OneDeviceExtended):
+    def __init__(self, strategy: ProgramStrategy, replicas: int):
+        # Where variables are made and the function is traced.
+        super().__init__(strategy, "/device:CPU:0")
+        self._replicas = replicas
+
+    @property
+    def _num_replicas_in_sync(self) -> int:
+        return self._replicas
+
+    def _create_variable(self, next_creator: Callable, **options: Any) -> tf.Variable:
+        variable = super()._create_variable(next_creator, **options)
+        variable.distribute_strategy = self._container_strategy()  # as its kinds have
+        return variable
+
+    def _use_merge_call(self) -> bool:
+        return False
+
+    def _call_for_each_replica(self, fn: Callable, args: Any, kwargs: Any) -> Any:
+        strategy = self._container_strategy()
+        number = gen_xla_ops.xla_replica_id()
+        with tf.distribute.ReplicaContext(strategy, number):
+            return fn(*args, **kwargs)
+
+    def _replica_ctx_all_reduce(
+        self, reduce_op: Any, value: Any, options: Any = None
+    ) -> Any:
+        group = [list(range(self._replicas))]
+
+        def reduced(x: Any) -> Any:
+            total = gen_xla_ops.xla_all_reduce(x, group, "Add", "CrossReplica")
+            mean = reduce_op == tf.distribute.ReduceOp.MEAN
+            return total / self._replicas if mean else total
+
+        return tf.nest.map_structure(reduced, value)

@@ -1,0 +1,173 @@
+"""What is compiled: the update of an optimizer, or a whole step of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_effopt.tpu import compiler, report
+from tf_effopt.tpu.replicas import ProgramStrategy
+from tf_effopt.tpu.report import Report
+
+
+def compile_update(
+    make_model: Callable[[], keras.Model], topology: str = "v5e:2x2"
+) -> Report:
+    """Compiles one update of a model's optimizer for all devices of a TPU slice.
+
+    Gradients are summed over the devices within the program.
+
+        def make_model():
+            model = keras.applications.ResNet50(weights=None)
+            model.compile(tf_effopt.AdamW(1e-3), "sparse_categorical_crossentropy")
+            return model
+
+        print(tf_effopt.tpu.compile_update(make_model, "v5e:4x4"))
+
+    Args:
+        make_model: a function that makes the model, built and compiled; whose the
+            optimizer is doesn't matter.
+        topology: such as `"v4:2x2x1"`, `"v5e:2x2"`, `"v5p:2x2x1"` or `"v6e:2x2"`.
+
+    Returns:
+        A `Report`, also where the compiler refuses.
+
+    Raises:
+        ImportError: the extra `[tpu-compile]` isn't installed.
+        ValueError: there is no such topology, or the model isn't built or compiled.
+    """
+    strategy, model = _made(make_model, topology)
+    optimizer, weights = model.optimizer, model.trainable_variables
+
+    def update(*gradients: Any) -> None:
+        optimizer.apply(list(gradients), weights)
+
+    specs = [tf.TensorSpec(v.shape, v.dtype) for v in weights]
+    blank = _blank(f"update of {model.name}", optimizer, weights, topology, strategy)
+    return _compiled(blank, strategy, update, specs)
+
+
+def compile_train_step(
+    make_model: Callable[[], keras.Model],
+    batch_size: int,
+    topology: str = "v5e:2x2",
+    data: Any = None,
+) -> Report:
+    """Compiles a whole step of training, one replica on each device of a TPU slice.
+
+    Forward, backward, the sum of gradients, the update and the metrics: what Keras's
+    `train_step` does.
+
+    Args:
+        make_model: see `compile_update`.
+        batch_size: int, examples over all devices, a multiple of their number.
+        topology: see `compile_update`.
+        data: what `train_step` takes, such as `(x, y)`, with a `tf.TensorSpec` of one
+            device's part of a batch for each tensor. By default that of the model's
+            inputs, and for `y` that of its outputs, or class numbers where the loss
+            is a sparse one.
+
+    Returns:
+        A `Report`, also where the compiler refuses: with its memory, if that is why.
+
+    Raises:
+        ImportError: the extra `[tpu-compile]` isn't installed.
+        ValueError: see `compile_update`; or the devices can't share the batch.
+    """
+    strategy, model = _made(make_model, topology)
+    replicas = strategy.num_replicas_in_sync
+    if batch_size < 1 or batch_size % replicas:
+        raise ValueError(
+            f"`batch_size` must be a multiple of the {replicas} devices of {topology}. "
+            f"Received: batch_size={batch_size}"
+        )
+    if data is None:
+        data = _data_of(model, batch_size // replicas)
+    what = f"training step of {model.name}, batch of {batch_size}"
+    weights = model.trainable_variables
+    blank = _blank(what, model.optimizer, weights, topology, strategy)
+    return _compiled(blank, strategy, model.train_step, [data])
+
+
+def _made(
+    make_model: Callable[[], keras.Model], topology: str
+) -> tuple[ProgramStrategy, keras.Model]:
+    """The strategy of a topology, and a model made in it, its optimizer built."""
+    strategy = ProgramStrategy(len(compiler.topology_devices(topology)))
+    with strategy.scope():
+        model = make_model()
+        if not (isinstance(model, keras.Model) and model.built and model.compiled):
+            raise ValueError(
+                "`make_model` must return a Keras model that is built and compiled. "
+                f"Received: {model!r}"
+            )
+        model.optimizer.build(model.trainable_variables)
+    return strategy, model
+
+
+def _data_of(model: keras.Model, batch_size: int) -> tuple:
+    """The specs of `x` and `y` of one device, as far as they can be guessed."""
+    if not getattr(model, "inputs", None):
+        raise ValueError(
+            f"What {model.name} takes can't be seen from it: pass `data=(x, y)` with a "
+            "`tf.TensorSpec` for each tensor, of one device's part of a batch."
+        )
+
+    def spec(shape: Sequence[int | None], dtype: str) -> tf.TensorSpec:
+        if None in shape[1:]:
+            raise ValueError(
+                f"A program for TPU has fixed shapes. {model.name} takes {shape}: pass "
+                "`data=(x, y)` with the shapes of one device's part of a batch."
+            )
+        return tf.TensorSpec((batch_size, *shape[1:]), dtype)
+
+    x = keras.tree.map_structure(lambda t: spec(t.shape, t.dtype), model.input)
+    loss = model.loss
+    named = loss if isinstance(loss, str) else type(loss).__name__
+    sparse = named.lower().replace("_", "").startswith("sparse")
+
+    def target(t: keras.KerasTensor) -> tf.TensorSpec:
+        return spec(t.shape[:-1], "int32") if sparse else spec(t.shape, "float32")
+
+    return x, keras.tree.map_structure(target, model.output)
+
+
+def _blank(
+    what: str,
+    optimizer: keras.optimizers.Optimizer,
+    weights: Sequence[keras.Variable],
+    topology: str,
+    strategy: ProgramStrategy,
+) -> Report:
+    own = type(optimizer).__module__.partition(".")[0] == "tf_effopt"
+    kept = [*weights, *(v for v in optimizer.variables if v.shape)]
+    return Report(
+        ("" if own else "keras.") + type(optimizer).__name__,
+        what,
+        topology,
+        strategy.num_replicas_in_sync,
+        sum(v.value.dtype.size * v.value.shape.num_elements() for v in kept),
+    )
+
+
+def _compiled(
+    blank: Report, strategy: ProgramStrategy, function: Callable, specs: Sequence[Any]
+) -> Report:
+    @tf.function(jit_compile=True, autograph=False)
+    def program(*flat: Any) -> Any:
+        with strategy.scope():
+            arguments = tf.nest.pack_sequence_as(specs, flat)
+            return strategy.extended.call_for_each_replica(function, arguments)
+
+    try:
+        lowered = program.experimental_get_compiler_ir(*tf.nest.flatten(specs))
+        # As for a CPU: functions with variables can't be lowered for a TPU that
+        # isn't there.
+        hlo = lowered(stage="hlo_serialized", platform_name="CPU")
+        compiled = compiler.compile_hlo(hlo, blank.topology, blank.replicas)
+    except (compiler.CompileError, tf.errors.OpError) as error:
+        return report.failed(blank, error)
+    return report.filled_in(blank, compiled)
