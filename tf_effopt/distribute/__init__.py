@@ -1,5 +1,25 @@
-"""Several devices and hosts: what is done once for all of them."""
+"""Training on several devices and hosts, by TensorFlow's `tf.distribute`.
+
+`strategy` makes a strategy by name, `prepare` makes Keras's `fit` right under it,
+`divide_matrix_work` shares an optimizer's work on matrices;
+`python -m tf_effopt.distribute.launch` starts several workers on this machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 from tf_effopt.distribute.matrix_work import divide_matrix_work
 
-__all__ = ["divide_matrix_work"]
+__all__ = ["divide_matrix_work", "prepare", "strategy"]
+
+_HOMES = {"prepare": "fit", "strategy": "strategies"}
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: these modules import TensorFlow, which other backends don't need.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    return getattr(home, name)

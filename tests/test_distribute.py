@@ -1,0 +1,291 @@
+"""Several replicas and several workers train as one device does; see workers.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import tf_effopt
+
+tf = pytest.importorskip("tensorflow")
+
+from workers import CASES
+
+from tf_effopt.distribute import hooks, launch
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKERS = ROOT / "tests" / "workers.py"
+TIME_LIMIT = 600  # seconds for all cases of a group
+NAMES = [case.__name__ for case in CASES]
+FEW = ["accumulation", "an_empty_replica_in_a_loop", "prediction", "infinite"]
+# Of a model with several outputs Keras takes the mean over batches, not examples, of
+# each one's loss, here over batches and replicas.
+PER_REPLICA = ("logs/a_loss", "logs/b_loss")
+
+
+def run(group: str, folder: Path, cases: list[str]) -> dict[str, np.ndarray]:
+    """Runs a group of strategies in processes of its own; returns what they found."""
+    output = folder / f"{group}.npz"
+    several = group == "workers"
+    launcher = (
+        ["-m", "tf_effopt.distribute.launch", "--workers", "2"] if several else []
+    )
+    process = subprocess.run(
+        [sys.executable, *launcher, str(WORKERS), group, str(output), *cases],
+        capture_output=True,
+        check=False,
+        text=True,
+        cwd=ROOT,
+        timeout=TIME_LIMIT,
+    )
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    paths = [Path(f"{output}.{i}") for i in range(2)] if several else [output]
+    found = {}
+    for number, path in enumerate(paths):
+        with np.load(path) as file:
+            for key in file.files:
+                name = key.replace("workers|", f"worker{number}|")
+                found[name] = file[key]
+    return found
+
+
+def trained(groups: list[str], folder: Path, cases: list[str]) -> dict[str, np.ndarray]:
+    results = {}
+    for group in groups:
+        results |= run(group, folder, cases)
+    # A collective that fails poisons its process: what failed is tried alone.
+    for key in [key for key in results if key.endswith("|error")]:
+        where, case, _ = key.split("|")
+        group = "workers" if where.startswith("worker") else where
+        del results[key]
+        results |= run(group, folder, [case])
+    return results
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> dict[str, np.ndarray]:
+    folder = tmp_path_factory.mktemp("few")
+    return trained(["none,mirrored2", "workers"], folder, FEW)
+
+
+@pytest.fixture(scope="module")
+def all_cases(tmp_path_factory) -> dict[str, np.ndarray]:
+    folder = tmp_path_factory.mktemp("all")
+    return trained(["none,mirrored2", "mirrored4", "workers"], folder, [])
+
+
+def part(found: dict, where: str, case: str) -> dict[str, np.ndarray]:
+    prefix = f"{where}|{case}|"
+    values = {
+        k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)
+    }
+    assert "error" not in values, str(values["error"])
+    assert values
+    return values
+
+
+def check_equal(found: dict, case: str, where: str) -> None:
+    one, several = part(found, "none", case), part(found, where, case)
+    assert several.pop("replicas", 0) == 0, "replicas differ"
+    one.pop("replicas", None)
+    assert one.keys() == several.keys()
+    for name, expected in one.items():
+        if not name.startswith(PER_REPLICA):
+            np.testing.assert_allclose(
+                several[name], expected, rtol=1e-5, atol=1e-5, err_msg=name
+            )
+
+
+def check_infinite(found: dict, where: str) -> None:
+    values = part(found, where, "infinite")
+    assert values["skipped"] == 2  # once an epoch
+    assert values["scale"] == 2.0
+    assert all(np.all(np.isfinite(v)) for k, v in values.items() if k[:4] == "vari")
+
+
+@pytest.mark.parametrize("where", ["mirrored2", "worker0", "worker1"])
+@pytest.mark.parametrize("case", FEW)
+def test_equals_one_device(few, case, where):
+    check_equal(few, case, where)
+
+
+@pytest.mark.parametrize("where", ["none", "mirrored2", "worker0", "worker1"])
+def test_an_infinite_gradient_in_one_worker_skips_the_step_on_both(few, where):
+    check_infinite(few, where)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["mirrored2", "mirrored4", "worker0", "worker1"])
+@pytest.mark.parametrize("case", NAMES)
+def test_each_case_equals_one_device(all_cases, case, where):
+    check_equal(all_cases, case, where)
+    if case == "infinite":
+        check_infinite(all_cases, where)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", NAMES)
+def test_workers_end_with_the_same_bits(all_cases, case):
+    first, second = part(all_cases, "worker0", case), part(all_cases, "worker1", case)
+    for name in first:
+        assert first[name].tobytes() == second[name].tobytes(), name
+
+
+# ----------------------------------------------------------- strategies by name
+
+
+def test_private_names_are_there():
+    assert not hooks.missing()
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", "import tf_effopt\n" + code],
+        capture_output=True,
+        check=False,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "KERAS_BACKEND": "tensorflow", **environment},
+        timeout=120,
+    )
+
+
+def test_strategies_by_name():
+    code = """
+make = tf_effopt.distribute.strategy
+mirrored = make("mirrored", replicas=3)
+assert mirrored.num_replicas_in_sync == 3
+assert make("mirrored", replicas=2).num_replicas_in_sync == 2
+assert make("none").num_replicas_in_sync == 1
+assert make("auto").num_replicas_in_sync == 1
+assert make().num_replicas_in_sync == 1
+"""
+    process = python(code, CUDA_VISIBLE_DEVICES="-1")
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("'two'", "`name` must be one of 'auto', 'none'.*Received: name='two'"),
+        ("'mirrored', replicas=0", "must be at least 1. Received: 0"),
+        ("'none', replicas=2", "`replicas` is for 'mirrored'.*replicas=2"),
+        ("'mirrored'", r"No GPU is visible.*replicas=2.*tf_effopt\[gpu\]"),
+        ("'multi_worker'", "TF_CONFIG, such as .*launch --workers 2.*TF_CONFIG=''"),
+        ("'tpu'", r"built without TPUs.*pip install \"tf_effopt\[tpu\]\""),
+    ],
+)
+def test_what_is_missing_is_said_with_its_remedy(call, said):
+    code = f"tf_effopt.distribute.strategy({call})"
+    process = python(code, CUDA_VISIBLE_DEVICES="-1", TF_CONFIG="")
+    assert process.returncode == 1
+    assert re.search(said, process.stderr.replace("\n", " ")), process.stderr
+
+
+@pytest.mark.parametrize("name", ["mirrored", "multi_worker"])
+def test_a_strategy_that_comes_too_late_is_refused(name):
+    options = ", replicas=2" if name == "mirrored" else ""
+    code = f"""
+import tensorflow as tf
+tf.zeros(1) + 1
+tf_effopt.distribute.strategy({name!r}{options})
+"""
+    (port,) = launch.free_ports(1)
+    config = {
+        "cluster": {"worker": [f"127.0.0.1:{port}"]},
+        "task": {"type": "worker", "index": 0},
+    }
+    process = python(code, CUDA_VISIBLE_DEVICES="-1", TF_CONFIG=json.dumps(config))
+    assert process.returncode == 1
+    assert "TensorFlow has started already" in process.stderr
+
+
+def test_prepare_changes_nothing_on_one_device():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    with pytest.raises(ValueError, match="takes a compiled model"):
+        tf_effopt.distribute.prepare(model)
+    model.compile(tf_effopt.Adam(), "mse")
+    before = dict(vars(model))
+    assert tf_effopt.distribute.prepare(model) is model
+    assert vars(model) == before
+
+
+# -------------------------------------------------------------------- launching
+
+
+@pytest.fixture
+def script(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "script.py"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def launch_script(path: str, *options: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tf_effopt.distribute.launch", *options, path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def test_each_worker_has_its_own_place_in_tf_config(script):
+    path = script(
+        "import json, os; c = json.loads(os.environ['TF_CONFIG']);"
+        "print(c['task']['index'], *c['cluster']['worker'])"
+    )
+    out, _ = (process := launch_script(path, "--workers", "3")).communicate(timeout=60)
+    assert process.returncode == 0
+    lines = sorted(line for line in out.splitlines() if line.startswith("[worker"))
+    assert [line[:12] for line in lines] == [f"[worker {i}] {i}" for i in range(3)]
+    addresses = {line[12:] for line in lines}
+    assert len(addresses) == 1
+    assert len(set(addresses.pop().split())) == 3
+
+
+def test_a_worker_that_fails_ends_the_others(script):
+    path = script(
+        "import json, os, sys, time\n"
+        "first = json.loads(os.environ['TF_CONFIG'])['task']['index'] == 0\n"
+        "sys.exit(7) if first else time.sleep(600)\n"
+    )
+    process = launch_script(path, "--workers", "2", "--grace", "2")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 7
+    assert "[launch] worker 0 failed with exit code 7: SIGTERM to worker 1" in out
+
+
+def test_no_worker_outlives_a_launcher_that_is_killed(script):
+    path = script("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)")
+    process = launch_script(path, "--workers", "2")
+    said = (line for line in process.stdout if line.startswith("[worker"))
+    pids = [int(next(said).split()[-1]) for _ in range(2)]
+    process.kill()
+    process.communicate(timeout=60)
+    for pid in pids:
+        assert _ends(pid), f"worker {pid} still runs"
+
+
+def _ends(pid: int, seconds: float = 20) -> bool:
+    for _ in range(int(seconds / 0.1)):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False

@@ -1,0 +1,432 @@
+"""Trains small models under a strategy, and saves what came out.
+
+    python tests/workers.py none,mirrored2 OUTPUT.npz
+    python -m tf_effopt.distribute.launch --workers 2 tests/workers.py workers OUTPUT.npz
+
+A process of its own: devices are split at its start, collectives of several sizes
+can't share a process, and one that fails poisons it. Worker i of several writes OUTPUT.npz.i. Further arguments
+choose cases.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tf_effopt
+from recipes import image_data, image_models
+
+BATCH, EPOCHS = 16, 2
+rng = np.random.default_rng(0)
+ROWS = 63  # the last batch has 15: replicas with 8 and 7, or 4, 4, 4 and 3
+X = rng.normal(size=(ROWS, 8)).astype("float32")
+Y = (X @ rng.normal(size=(8, 1)) + 1.0).astype("float32")
+LABELS = rng.integers(0, 3, size=ROWS)
+WEIGHTS = rng.uniform(0.0, 2.0, size=ROWS).astype("float32")
+IDS = rng.integers(0, 6, size=(ROWS, 3)).astype("int32")  # 0 is masked
+IMAGES = rng.integers(0, 255, size=(ROWS, 8, 8, 1)).astype("uint8")
+ONE_MORE = 3 * BATCH + 1  # rows whose last batch is one example
+
+
+def adam(**options):
+    return tf_effopt.Adam(0.01, **options)
+
+
+def dense_model(units: int = 1, **options) -> keras.Model:
+    init = keras.initializers.GlorotUniform(seed=1)
+    return keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(
+                6, activation="tanh", kernel_initializer=init, **options
+            ),
+            keras.layers.Dense(units, kernel_initializer=init),
+        ]
+    )
+
+
+def table_model(mask: bool = False) -> keras.Model:
+    init = keras.initializers.RandomNormal(seed=2)
+    table = keras.layers.Embedding(9, 4, embeddings_initializer=init, mask_zero=mask)
+    head = keras.layers.Dense(1, kernel_initializer=keras.initializers.Ones())
+    inputs = keras.Input((3,), dtype="int32")
+    x = table(inputs)
+    return keras.Model(inputs, head(x if mask else keras.layers.Flatten()(x)))
+
+
+def recipe_model(strategy: tf.distribute.Strategy) -> keras.Model:
+    """The image recipe's CNN, without its dropout, which draws by replica."""
+    keras.utils.set_random_seed(0)
+    images = np.zeros((1, 8, 8, 1), "uint8")
+    data = image_data.ImageData(images, [0], images, [0], 10, "")
+    several = strategy.num_replicas_in_sync > 1
+    model = image_models.make("cnn", data, synchronized=several)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Dropout):
+            layer.rate = 0.0
+    return model
+
+
+class Case:
+    """One training under one strategy; what it saves, by name."""
+
+    def __init__(self, strategy: tf.distribute.Strategy):
+        self.strategy = strategy
+        self.found: dict[str, np.ndarray] = {}
+
+    def fit(
+        self,
+        make_optimizer: Callable,
+        make_model: Callable = dense_model,
+        x=X,
+        y=Y,
+        loss="mse",
+        compile_options=None,
+        **options,
+    ) -> keras.Model:
+        keras.utils.set_random_seed(3)
+        with self.strategy.scope():
+            model = make_model()
+            model.compile(make_optimizer(), loss, **(compile_options or {}))
+        tf_effopt.distribute.prepare(model)
+        options = {"batch_size": BATCH, "shuffle": False, "verbose": 0} | options
+        history = model.fit(x, y, epochs=EPOCHS, **options)
+        self.save(model, **history.history)
+        return model
+
+    def save(self, model: keras.Model, **numbers) -> None:
+        variables = model.weights + model.optimizer.variables
+        for i, v in enumerate(variables):
+            self.found[f"variables/{i:03d}"] = keras.ops.convert_to_numpy(v)
+        for name, values in numbers.items():
+            self.found[f"logs/{name}"] = np.asarray(values, "float64")
+        apart = 0.0
+        for v in variables:
+            for part in self.strategy.experimental_local_results(v.value)[1:]:
+                same = part.numpy().tobytes() == v.numpy().tobytes()
+                apart = max(apart, 0.0 if same else 1.0)
+        self.found["replicas"] = np.asarray(apart)
+
+
+def sgd(case):
+    case.fit(lambda: tf_effopt.SGD(0.05))
+
+
+def adam_in_fit(case):
+    case.fit(adam, validation_data=(X[:49], Y[:49]), validation_batch_size=BATCH)
+
+
+def adamw_and_clipping(case):
+    make = lambda: tf_effopt.AdamW(0.01, weight_decay=0.1, global_clipnorm=0.1)
+    case.fit(make)
+
+
+def accumulation(case):
+    case.fit(lambda: adam(gradient_accumulation_steps=2, global_clipnorm=0.1))
+
+
+def ema(case):
+    case.fit(lambda: adam(use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=3))
+
+
+def steps_per_execution(case):
+    """With batches left over, too: 4 and 3 are no divisor of one another."""
+    for steps in (4, 3):
+        case.fit(adam, compile_options={"steps_per_execution": steps})
+
+
+def an_empty_replica(case):
+    case.fit(
+        adam,
+        x=X[:ONE_MORE],
+        y=Y[:ONE_MORE],
+        validation_data=(X[:ONE_MORE], Y[:ONE_MORE]),
+        compile_options={"metrics": ["mae"]},
+    )
+
+
+def an_empty_replica_in_a_loop(case):
+    options = {"metrics": ["mae"], "steps_per_execution": 4}
+    case.fit(adam, x=X[:ONE_MORE], y=Y[:ONE_MORE], compile_options=options)
+
+
+def class_weights(case):
+    case.fit(
+        adam,
+        lambda: dense_model(3),
+        y=LABELS,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        class_weight={0: 1.0, 1: 0.3, 2: 5.0},
+        compile_options={"metrics": ["accuracy"], "weighted_metrics": ["accuracy"]},
+    )
+
+
+def sample_weights(case):
+    case.fit(adam, sample_weight=WEIGHTS, compile_options={"weighted_metrics": ["mae"]})
+
+
+def means_by_sample_weight(case):
+    loss = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
+    case.fit(lambda: tf_effopt.SGD(0.05), loss=loss, sample_weight=WEIGHTS)
+
+
+def sums(case):
+    loss = keras.losses.MeanSquaredError(reduction="sum")
+    case.fit(lambda: tf_effopt.SGD(0.002), loss=loss)
+
+
+def scalar_loss(case):
+    loss = lambda y, p: keras.ops.mean(keras.ops.square(y - p))
+    case.fit(lambda: tf_effopt.SGD(0.05), loss=loss)
+
+
+def regularizer(case):
+    make_model = lambda: dense_model(kernel_regularizer="l2")
+    case.fit(lambda: tf_effopt.SGD(0.05), make_model)
+
+
+def masks(case):
+    case.fit(
+        lambda: tf_effopt.SGD(0.05),
+        lambda: table_model(mask=True),
+        x=IDS,
+        y=np.repeat(Y[:, None], 3, axis=1),
+    )
+
+
+def two_outputs(case):
+    def make():
+        inputs = keras.Input((8,))
+        init = keras.initializers.GlorotUniform(seed=1)
+        heads = [
+            keras.layers.Dense(1, kernel_initializer=init, name=name)(inputs)
+            for name in "ab"
+        ]
+        return keras.Model(inputs, heads)
+
+    case.fit(adam, make, y=[Y, 2 * Y], loss=["mse", "mae"])
+
+
+def repeated_ids(case):
+    case.fit(adam, table_model, x=IDS)
+
+
+def lazy_rows(case):
+    case.fit(lambda: adam(lazy=True, global_clipnorm=0.1), table_model, x=IDS)
+
+
+def numbers_of_the_model(case):
+    case.fit(lambda: tf_effopt.Prodigy(0.5, initial_estimate=0.05))
+
+
+def hidden_matrices(case):
+    case.fit(lambda: tf_effopt.Muon(0.01))
+
+
+def weights_for_evaluation(case):
+    case.fit(
+        lambda: tf_effopt.ScheduleFreeAdamW(0.01),
+        validation_data=(X, Y),
+        callbacks=[tf_effopt.callbacks.EvaluationWeights()],
+    )
+
+
+def shuffled(case):
+    case.fit(adam, shuffle=True)
+
+
+def datasets(case):
+    """Batches of a known size, as the recipe's; validation, callbacks, bar."""
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(BATCH)
+    seen = []
+    each = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(logs["loss"])
+    )
+    stop = keras.callbacks.EarlyStopping("val_loss", patience=9)
+    model = case.fit(
+        adam,
+        x=data,
+        y=None,
+        batch_size=None,
+        verbose=1,
+        validation_data=data,
+        callbacks=[each, stop],
+    )
+    assert len(seen) == 8
+    case.found["logs/evaluate"] = np.asarray(model.evaluate(data, verbose=0))
+
+
+def prediction(case):
+    model = case.fit(adam)
+    case.found["logs/predict"] = model.predict(X, batch_size=BATCH, verbose=0)
+
+
+def fixed_size(case):
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(BATCH, drop_remainder=True)
+    case.fit(adam, x=data, y=None, batch_size=None)
+
+
+def recipe(case, make_optimizer=None, **compile_options):
+    """The recipe's CNN with synchronized batch norm, whose statistics count, too."""
+    case.fit(
+        make_optimizer or (lambda: tf_effopt.SGD(0.05, momentum=0.9)),
+        lambda: recipe_model(case.strategy),
+        x=IMAGES,
+        y=np.arange(ROWS) % 10,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        compile_options=compile_options,
+    )
+
+
+def recipe_adam(case):
+    recipe(case, lambda: tf_effopt.Adam(1e-3))
+
+
+def recipe_adamw_and_clipping(case):
+    recipe(case, lambda: tf_effopt.AdamW(1e-3, weight_decay=0.1, global_clipnorm=1.0))
+
+
+def recipe_accumulation(case):
+    recipe(case, lambda: tf_effopt.Adam(1e-3, gradient_accumulation_steps=2))
+
+
+def recipe_ema(case):
+    options = {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 3}
+    recipe(case, lambda: tf_effopt.Adam(1e-3, **options))
+
+
+def recipe_steps_per_execution(case):
+    recipe(case, lambda: tf_effopt.Adam(1e-3), steps_per_execution=4)
+
+
+def infinite(case):
+    """The last replica's part of one batch has an infinite gradient."""
+    x = X.copy()
+    x[2 * BATCH - 2, 0] = np.inf
+    make = lambda: tf_effopt.LossScaleOptimizer(adam(), initial_scale=8.0)
+    model = case.fit(make, x=x)
+    optimizer = model.optimizer
+    case.found["scale"] = optimizer.dynamic_scale.numpy()
+    case.found["skipped"] = np.asarray(optimizer.inner_optimizer.skipped_steps)
+
+
+def jit(case):
+    """Turned off with a warning, where there are several replicas."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        case.fit(adam, compile_options={"jit_compile": True})
+    told = any("`jit_compile` was turned off" in str(w.message) for w in caught)
+    assert told == (case.strategy.num_replicas_in_sync > 1)
+
+
+def training_loop(case):
+    """As the README's."""
+    strategy = case.strategy
+    with strategy.scope():
+        model = dense_model()
+        model.optimizer = optimizer = adam(global_clipnorm=0.1)
+
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum((model(x) - y) ** 2) / BATCH
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)
+        return loss
+
+    @tf.function
+    def train(x, y):
+        losses = strategy.run(step, args=(x, y))
+        return strategy.reduce("SUM", losses, axis=None)
+
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(BATCH)
+    losses = []
+    for _ in range(EPOCHS):
+        for x, y in strategy.experimental_distribute_dataset(data):
+            losses.append(float(train(x, y)))
+    case.save(model, loss=losses)
+
+
+CASES = [
+    sgd,
+    adam_in_fit,
+    adamw_and_clipping,
+    accumulation,
+    ema,
+    steps_per_execution,
+    an_empty_replica,
+    an_empty_replica_in_a_loop,
+    class_weights,
+    sample_weights,
+    means_by_sample_weight,
+    sums,
+    scalar_loss,
+    regularizer,
+    masks,
+    two_outputs,
+    repeated_ids,
+    lazy_rows,
+    numbers_of_the_model,
+    hidden_matrices,
+    weights_for_evaluation,
+    shuffled,
+    datasets,
+    prediction,
+    fixed_size,
+    recipe,
+    recipe_adam,
+    recipe_adamw_and_clipping,
+    recipe_accumulation,
+    recipe_ema,
+    recipe_steps_per_execution,
+    infinite,
+    jit,
+    training_loop,
+]
+
+
+def make_strategy(name: str) -> tf.distribute.Strategy:
+    make = tf_effopt.distribute.strategy
+    if name == "workers":
+        return make("multi_worker")
+    if name == "none":
+        return make("none")
+    return make("mirrored", replicas=int(name.removeprefix("mirrored")))
+
+
+def main() -> None:
+    names, output, *wanted = sys.argv[1:]
+    # `none` last: devices can't be split once TensorFlow has started.
+    strategies = {x: make_strategy(x) for x in sorted(names.split(","))}
+    if names == "workers":
+        output += f".{json.loads(os.environ['TF_CONFIG'])['task']['index']}"
+    saved = {}
+    for name, strategy in strategies.items():
+        for function in CASES:
+            if wanted and function.__name__ not in wanted:
+                continue
+            case = Case(strategy)
+            try:
+                function(case)
+            except Exception:  # noqa: BLE001 - the test that reads this reports it
+                case.found = {"error": np.asarray(traceback.format_exc()[-3000:])}
+            for what, value in case.found.items():
+                saved[f"{name}|{function.__name__}|{what}"] = value
+    with open(output, "wb") as file:
+        np.savez(file, **saved)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Keras's `fit`, `evaluate` and `predict` under every strategy."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import tree
+
+from tf_effopt.distribute import hooks, shares
+
+
+def prepare(model: keras.Model) -> keras.Model:
+    """Makes `fit`, `evaluate` and `predict` right under the model's strategy.
+
+    One line after `compile`:
+
+    >>> import tf_effopt
+    >>> strategy = tf_effopt.distribute.strategy("none")
+    >>> with strategy.scope():
+    ...     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    ...     model.compile(tf_effopt.Adam(), "mse")
+    >>> model = tf_effopt.distribute.prepare(model)
+
+    On one device nothing changes. With several replicas, on one host or several:
+
+    - Each replica's loss counts by its number of examples, so that gradients and loss
+      of a short last batch, of which a replica may have nothing, are those of one
+      device; with sample weights, class weights and masks, too. (Keras takes the mean
+      of the replicas' means.) A loss function that returns a scalar is taken for a
+      mean over the examples; what layers add (`add_loss`, regularizers) counts by the
+      share of examples. A `train_step` of your own gets this by calling
+      `self.compute_loss`. A batch of fixed size is not counted.
+    - Metrics are those of all examples. (Keras takes the mean of the replicas'
+      results, which is wrong for those that aren't means, such as `AUC`.)
+    - `fit` works with `MultiWorkerMirroredStrategy`, and the model is built from
+      this process's part of a batch. (Keras 3.15 fails there, keras#20585.)
+    - `steps_per_execution` works with collectives, by a private switch of
+      TensorFlow's that is set for its steps.
+    - `jit_compile` is turned off, with a warning: Keras's trainer can't compile a
+      step of several replicas. An optimizer of this package compiles its update in
+      any case.
+
+    Give `fit` the same data in the same order on every worker, that is, set the same
+    seed (`keras.utils.set_random_seed`): each takes its part of every batch.
+
+    Args:
+        model: compiled; made inside `with strategy.scope():`.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: the model isn't compiled.
+    """
+    if not model.compiled:
+        raise ValueError(
+            "`prepare` takes a compiled model: call `model.compile(...)` first. "
+            f"Received: {model.name!r}"
+        )
+    strategy = model.distribute_strategy
+    if strategy.num_replicas_in_sync == 1:
+        return model
+    shares.install()
+    adapter = _Adapter(model, strategy)
+    for name in ("_maybe_symbolic_build", "make_train_function", "make_test_function"):
+        # Past Keras's tracking of attributes.
+        object.__setattr__(model, name, getattr(adapter, name))
+    adapter.turn_off_jit()
+    return model
+
+
+class _Adapter:
+    """What `prepare` puts in the place of three methods of a model."""
+
+    def __init__(self, model: keras.Model, strategy: tf.distribute.Strategy):
+        self.model = model
+        self.strategy = strategy
+        self.several_hosts = strategy.extended._in_multi_worker_mode()
+
+    def turn_off_jit(self) -> None:
+        if self.model.jit_compile:
+            self.model.jit_compile = False
+            warnings.warn(
+                "`jit_compile` was turned off: Keras's trainer can't compile a step "
+                f"of {self.strategy.num_replicas_in_sync} replicas. An optimizer of "
+                "tf_effopt compiles its update in any case.",
+                stacklevel=3,
+            )
+
+    def make_train_function(self, force: bool = False) -> None:
+        model = self.model
+        if model.train_function is None or force:
+            model.train_function = self._make_function(model.train_step)
+
+    def make_test_function(self, force: bool = False) -> None:
+        model = self.model
+        if model.test_function is None or force:
+            model.test_function = self._make_function(model.test_step)
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None):
+        """Builds the model from this process's first replica's part of a batch."""
+        if iterator is not None:
+            _, _, batches = next(iter(iterator))
+            local = self.strategy.experimental_local_results
+            data_batch = tree.map_structure(lambda x: local(x)[0], next(batches))
+        with self.strategy.scope():
+            self.model._symbolic_build(data_batch=data_batch)
+
+    def _make_function(self, step: Callable) -> Callable:
+        """Keras's own function of a step that counts its examples."""
+        self.turn_off_jit()  # `compile` may have been called again
+
+        @functools.wraps(step)
+        def counted_step(data: Any) -> Any:
+            first = next(x for x in tree.flatten(data) if x is not None)
+            with shares.counted(first):
+                logs = step(data)
+            return self._with_metrics_of_all(logs)
+
+        run = self._packing_logs if self.several_hosts else self.model._make_function
+        run = run(counted_step)
+
+        def function(iterator: Any) -> Any:
+            if self.model.steps_per_execution == 1:
+                return run(iterator)
+            with hooks.collectives_in_loops():
+                return run(iterator)
+
+        return function
+
+    def _packing_logs(self, step: Callable) -> Callable:
+        logs = _PackedLogs(step)
+        run = self.model._make_function(logs.packed)
+        return lambda iterator: logs.unpacked(run(iterator))
+
+    def _with_metrics_of_all(self, logs: Any) -> Any:
+        """A step's logs, with metrics of what all replicas have seen."""
+        if not isinstance(logs, dict):
+            return logs
+        dtypes: dict[str, list[keras.Variable]] = {}  # each summed up as one tensor
+        for v in self.model.metrics_variables:
+            if v.aggregation == "sum":
+                dtypes.setdefault(v.dtype, []).append(v)
+        sums = []
+        for own in dtypes.values():
+            flat = [tf.reshape(tf.convert_to_tensor(v), [-1]) for v in own]
+            parts = tf.split(
+                shares.summed(tf.concat(flat, axis=0)),
+                [math.prod(v.shape) for v in own],
+            )
+            sums += [
+                (v, tf.reshape(part, v.shape))
+                for v, part in zip(own, parts, strict=True)
+            ]
+        with keras.StatelessScope(state_mapping=sums):
+            return logs | self.model.get_metrics_result()
+
+
+class _PackedLogs:
+    """A step's logs as one tensor, and back.
+
+    Of each number Keras takes the mean over hosts, along an axis that has to exist;
+    one by one that would be two collectives for each number.
+    """
+
+    def __init__(self, step: Callable):
+        self.step = step
+        self.structure: Any = None
+        self.shapes: list[list[int]] = []
+
+    def packed(self, data: Any) -> tf.Tensor:
+        logs = self.step(data)
+        self.structure = tree.map_structure(lambda _: 0, logs)
+        values = tree.flatten(logs)
+        self.shapes = [x.shape.as_list() for x in values]
+        flat = [tf.reshape(tf.cast(x, tf.float32), [-1]) for x in values]
+        return tf.concat(flat, axis=0)[tf.newaxis]
+
+    def unpacked(self, packed: tf.Tensor) -> Any:
+        sizes = [math.prod(shape) for shape in self.shapes]
+        parts = tf.split(packed, sizes)
+        values = [tf.reshape(*x) for x in zip(parts, self.shapes, strict=True)]
+        return tree.pack_sequence_as(self.structure, values)

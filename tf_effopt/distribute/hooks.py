@@ -1,0 +1,51 @@
+"""The private names of Keras's trainer and of TensorFlow that `prepare` leans on.
+
+They are used only through this list; `missing()` is what a test looks at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+from tensorflow.python.distribute.cross_device_utils import CollectiveReplicaLauncher
+
+losses: Any = importlib.import_module("keras.src.losses.loss")
+
+# Functions of the module above, which `shares` replaces.
+LOSSES = (
+    "apply_mask",
+    "reduce_values",
+    "scale_loss_for_distribution",
+    "unscale_loss_for_distribution",
+)
+MODEL = ("_make_function", "_maybe_symbolic_build", "_symbolic_build")
+LAUNCHER = "_prefer_unique_instance_key"
+
+
+@contextlib.contextmanager
+def collectives_in_loops() -> Iterator[None]:
+    """Within, collectives are numbered when they are traced, not when they are called.
+
+    TensorFlow's default can't be in a `tf.while_loop`, which is what
+    `steps_per_execution` makes. All workers have to trace the same functions in the
+    same order; those of an iterator's steps they do.
+    """
+    default = getattr(CollectiveReplicaLauncher, LAUNCHER)
+    setattr(CollectiveReplicaLauncher, LAUNCHER, False)
+    try:
+        yield
+    finally:
+        setattr(CollectiveReplicaLauncher, LAUNCHER, default)
+
+
+def missing() -> list[str]:
+    """The names of this list that the installed packages don't have."""
+    absent = [f"losses.loss.{x}" for x in LOSSES if not hasattr(losses, x)]
+    absent += [f"Model.{x}" for x in MODEL if not hasattr(keras.Model, x)]
+    if not hasattr(CollectiveReplicaLauncher, LAUNCHER):
+        absent.append(f"CollectiveReplicaLauncher.{LAUNCHER}")
+    return absent

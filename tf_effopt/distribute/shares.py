@@ -1,0 +1,114 @@
+"""Losses of a batch whose replicas have unequal numbers of examples.
+
+Keras takes the mean over each replica's examples, and the mean of these means.
+Within `counted`, each replica's mean counts by its share of the examples, so that
+their sum is the mean over the whole batch, as on one device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from tf_effopt.distribute import hooks
+
+MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
+
+
+class _Here(threading.local):
+    """What this replica's thread is about."""
+
+    share: tf.Tensor | None = None  # of the batch's examples; None: not counted
+
+
+_here = _Here()
+
+
+@contextlib.contextmanager
+def counted(batch: Any) -> Iterator[None]:
+    """Within, Keras's losses count a replica by its examples.
+
+    Args:
+        batch: a tensor of this replica's data, whose first dimension counts them.
+    """
+    if batch.shape[0] is not None:  # a fixed size is the same on all replicas
+        yield
+        return
+    count = tf.cast(tf.shape(batch)[0], tf.float32)
+    _here.share = count / summed(count)
+    try:
+        yield
+    finally:
+        _here.share = None
+
+
+def summed(x: tf.Tensor) -> tf.Tensor:
+    """The sum over all replicas."""
+    context = tf.distribute.get_replica_context()
+    return tf.stop_gradient(context.all_reduce(tf.distribute.ReduceOp.SUM, x))
+
+
+@functools.cache
+def install() -> None:
+    """Puts the functions below in the place of Keras's.
+
+    Outside of `counted` they do what Keras's do.
+    """
+    for name in hooks.LOSSES:
+        kerass = getattr(hooks.losses, name)
+        ours = functools.partial(globals()[name], kerass)
+        setattr(hooks.losses, name, functools.wraps(kerass)(ours))
+
+
+def scale_loss_for_distribution(kerass: Any, value: Any) -> Any:
+    """A mean over this replica's examples -> its part of the batch's mean."""
+    if _here.share is None:
+        return kerass(value)
+    return value * tf.cast(_here.share, value.dtype)
+
+
+def unscale_loss_for_distribution(kerass: Any, value: Any) -> Any:
+    """The reverse: what Keras's `Mean` of the loss is fed, with the count."""
+    if _here.share is None:
+        return kerass(value)
+    return tf.math.divide_no_nan(value, tf.cast(_here.share, value.dtype))
+
+
+def reduce_values(
+    kerass: Any, values: Any, sample_weight: Any = None, reduction: Any = MEANS[0]
+) -> Any:
+    """The losses of this replica's examples -> its part of the batch's loss."""
+    if _here.share is None or reduction not in MEANS:
+        return kerass(values, sample_weight, reduction)
+    if values.shape.rank == 0:  # a loss function that has taken the mean itself
+        return hooks.losses.scale_loss_for_distribution(values)
+    if reduction == "mean_with_sample_weight" and sample_weight is not None:
+        weight = summed(tf.reduce_sum(sample_weight))
+        return tf.math.divide_no_nan(
+            tf.reduce_sum(values), tf.cast(weight, values.dtype)
+        )
+    return kerass(values, sample_weight, reduction)
+
+
+def apply_mask(
+    kerass: Any, sample_weight: Any, mask: Any, dtype: Any, reduction: Any
+) -> Any:
+    """Weights that make up for what is masked: on all replicas, not on each."""
+    weight = kerass(sample_weight, mask, dtype, reduction)
+    if _here.share is None or mask is None or reduction not in MEANS[:2]:
+        return weight
+    kept = tf.stack([tf.reduce_sum(tf.cast(mask, tf.float32)), _size(mask)])
+    everywhere = summed(kept)
+    return weight * tf.cast(
+        tf.math.divide_no_nan(kept[0] * everywhere[1], kept[1] * everywhere[0]),
+        weight.dtype,
+    )
+
+
+def _size(x: Any) -> tf.Tensor:
+    return tf.cast(tf.size(x), tf.float32)
