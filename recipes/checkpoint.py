@@ -84,6 +84,11 @@ def training_state(model: keras.Model) -> dict[str, keras.Variable]:
     return model_state(model) | _by_name("optimizer", model.optimizer.variables)
 
 
+def metrics_state(model: keras.Model) -> dict[str, keras.Variable]:
+    """What a model's metrics have summed up in this epoch."""
+    return _by_name("metrics", model.metrics_variables)
+
+
 def values(state: dict[str, keras.Variable]) -> dict[str, np.ndarray]:
     return {k: keras.ops.convert_to_numpy(v) for k, v in state.items()}
 

@@ -35,7 +35,6 @@ and 2 where n is 3, else 0), all else by default.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import os
@@ -53,7 +52,7 @@ import keras
 import tensorflow as tf
 
 import tf_effopt
-from recipes import checkpoint, image_data, image_models
+from recipes import checkpoint, image_data, image_models, preemption
 from recipes.command_line import (
     UsageError,
     flag,
@@ -62,9 +61,9 @@ from recipes.command_line import (
     option,
     parse,
 )
-from recipes.image_run import AfterEachEpoch, Run, TrainingFailed
+from recipes.image_run import Devices, Run, Saving, TrainingFailed
 
-FAILED, MISUSED, INTERRUPTED = 1, 2, 130  # exit codes
+FAILED, MISUSED, INTERRUPTED, PREEMPTED = 1, 2, 130, 143  # exit codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +98,15 @@ class Config:
         "the best weights",
         metavar="PATIENCE",
     )
-    strategy: str = option("none", "tf.distribute's", choices=("none", "mirrored"))
+    strategy: str = option(
+        "none",
+        "tf.distribute's",
+        choices=("auto", "none", "mirrored", "multi_worker", "tpu"),
+    )
     replicas: int | None = option(
         None, "with mirrored; None: all GPUs, or 2 logical CPU devices"
     )
+    tpu: str = option("local", "with tpu: its name, or local on a TPU VM")
     precision: str = option(
         "float32",
         "of the layers' arithmetic; weights stay float32",
@@ -113,10 +117,10 @@ class Config:
     overwrite: bool = option(False, "start anew, whatever the output folder holds")
 
     def computation(self) -> dict[str, Any]:
-        """All but where files are: what a run must share to be taken up again."""
-        places = ("data_dir", "output_dir", "overwrite")
+        """What a run must share to be taken up again: all but places and devices."""
+        free = ("data_dir", "output_dir", "overwrite", "strategy", "replicas", "tpu")
         fields = dataclasses.asdict(self)
-        return {name: fields[name] for name in fields if name not in places}
+        return {name: fields[name] for name in fields if name not in free}
 
 
 # Defaults that do well on 2 CPU cores; other sets get the last argument of `get`
@@ -146,7 +150,6 @@ def resolved(config: Config) -> Config:
         "epochs": EPOCHS.get(config.dataset, 20),
         "batch_size": BATCH_SIZES.get(config.dataset, 128),
         "learning_rate": LEARNING_RATES.get(config.optimizer, own_rate),
-        "replicas": default_replicas() if config.strategy == "mirrored" else 1,
         "output_dir": str(Path("runs", name)),
     }
     unset = {k: v for k, v in defaults.items() if getattr(config, k) is None}
@@ -159,14 +162,9 @@ def resolved(config: Config) -> Config:
         raise UsageError(f"--warmup must be in [0, 1]. Received: {config.warmup}")
     if not 0 <= config.seed < 2**31:
         raise UsageError(f"--seed must be in [0, 2**31). Received: {config.seed}")
-    if config.strategy == "none" and config.replicas > 1:
+    if config.replicas is not None and config.strategy != "mirrored":
         raise UsageError(
-            f"Several replicas need --strategy mirrored. Received: {config.replicas}"
-        )
-    if config.batch_size % config.replicas:
-        raise UsageError(
-            f"--batch-size must be a multiple of the {config.replicas} replicas. "
-            f"Received: {config.batch_size}"
+            f"--replicas needs --strategy mirrored. Received: {config.replicas}"
         )
     return config
 
@@ -177,6 +175,7 @@ def resolved(config: Config) -> Config:
 def train(config: Config, run: Run) -> dict[str, Any]:
     """Trains, from the checkpoint if there is one; returns the results."""
     strategy = make_strategy(config)  # first: devices can't be split later
+    run.devices = Devices(config.strategy, strategy)
     keras.backend.clear_session()
     keras.config.set_dtype_policy(config.precision)
     # The optimizer checks its arguments itself, before any data is read.
@@ -192,16 +191,18 @@ def train(config: Config, run: Run) -> dict[str, Any]:
     # here, since preparing the data may have drawn random numbers.
     keras.utils.set_random_seed(config.seed)
     tf.config.experimental.enable_op_determinism()
-    with strategy.scope() if strategy else contextlib.nullcontext():
+    with strategy.scope():
         model = make_model(config, data, steps_per_epoch)
         if config.overwrite:
             run.clear()
-        run.restore(model)
+        else:
+            run.restore(model)
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output-dir can't be made: {error}") from error
-    validation = image_data.validation_batches(data, config.replicas)
+    replicas = strategy.num_replicas_in_sync
+    validation = image_data.validation_batches(data, replicas)
     fit(config, run, model, data, validation)
     loss, accuracy = model.evaluate(validation, verbose=0)
     measured = {
@@ -218,7 +219,7 @@ def make_model(
     config: Config, data: image_data.ImageData, steps_per_epoch: int
 ) -> keras.Model:
     """Returns a model that is built and compiled, its optimizer's state made."""
-    several = config.replicas > 1
+    several = tf.distribute.get_strategy().num_replicas_in_sync > 1
     model = image_models.make(config.model, data, synchronized=several)
     optimizer = make_optimizer(
         config.optimizer, learning_rate(config, steps_per_epoch), config.set, model
@@ -229,12 +230,12 @@ def make_model(
         optimizer=optimizer,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        # Keras's trainer can't compile a step of several replicas; the optimizer
-        # compiles its update in any case.
-        jit_compile=False if several else "auto",
+        # TensorFlow's TPU wheel can't compile for the host, nor Keras's trainer for
+        # several replicas; the optimizer compiles its update where it can be.
+        jit_compile=bool(tf.config.list_physical_devices("GPU")) and not several,
     )
     optimizer.build(model.trainable_variables)
-    return model
+    return tf_effopt.distribute.prepare(model)
 
 
 def learning_rate(config: Config, steps_per_epoch: int) -> Any:
@@ -261,58 +262,52 @@ def fit(
     validation: tf.data.Dataset,
 ) -> None:
     """Trains for the epochs that are left."""
-    if run.epochs:
-        print(f"Going on after epoch {run.epochs} of {run.checkpoint}", flush=True)
+    if run.epochs or run.progress.batches:
+        print(f"Going on after {run.progress} of {run.checkpoint}", flush=True)
     augmentation = image_data.Augmentation()
     if config.augmentation == "auto":
         augmentation = AUGMENTATIONS.get(config.dataset, augmentation)
-    left = range(run.epochs, config.epochs)
-    if left and not run.progress.stopped:
-        model.fit(
-            image_data.training_batches(
-                data, augmentation, config.batch_size, config.seed, left
-            ),
-            initial_epoch=left.start,
-            epochs=left.stop,
-            steps_per_epoch=len(data.train_images) // config.batch_size,
-            validation_data=validation,
-            callbacks=[
-                tf_effopt.callbacks.EvaluationWeights(),
-                AfterEachEpoch(run, config.early_stopping),
-            ],
-            shuffle=False,  # the data set does it
-            # Without a terminal, a bar is a flood of control characters.
-            verbose=1 if sys.stdout.isatty() else 2,
-        )
-    else:  # killed after the last epoch, before the end of `fit`
+    steps_per_epoch = len(data.train_images) // config.batch_size
+    # Without a terminal, a bar is a flood of control characters.
+    verbose = 1 if sys.stdout.isatty() else 2
+    if not run.is_left(config.epochs):  # killed after the last epoch, before the end
         model.optimizer.finalize_variable_values(model.trainable_variables)
+    while run.is_left(config.epochs):
+        done = run.progress.batches  # of an epoch that was broken off
+        left = range(run.epochs, run.epochs + 1 if done else config.epochs)
+        with preemption.watched(run.devices.strategy) as is_time_to_save:
+            model.fit(
+                image_data.training_batches(
+                    data, augmentation, config.batch_size, config.seed, left, done
+                ),
+                initial_epoch=left.start,
+                epochs=left.stop,
+                steps_per_epoch=steps_per_epoch - done,
+                validation_data=validation,
+                callbacks=[
+                    tf_effopt.callbacks.EvaluationWeights(),
+                    Saving(run, config.early_stopping, is_time_to_save),
+                ],
+                shuffle=False,  # the data set does it
+                verbose=verbose if run.devices.is_chief else 0,
+            )
+        if run.is_left(config.epochs):
+            run.restore(model)  # `fit` ends with the weights that are to be evaluated
     if run.best_weights:
         checkpoint.restore(checkpoint.model_state(model), run.best_weights)
 
 
-def default_replicas() -> int:
-    return len(tf.config.list_physical_devices("GPU")) or 2
-
-
-def make_strategy(config: Config) -> tf.distribute.Strategy | None:
-    """MirroredStrategy on the GPUs, or on parts of the CPU if there are none."""
-    if config.strategy == "none":
-        return None
-    kind, count = "GPU", len(tf.config.list_physical_devices("GPU"))
-    if not count:
-        kind, cpu = "CPU", tf.config.list_physical_devices("CPU")[0]
-        with contextlib.suppress(RuntimeError):  # TensorFlow has started already
-            tf.config.set_logical_device_configuration(
-                cpu, [tf.config.LogicalDeviceConfiguration()] * config.replicas
-            )
-        count = len(tf.config.list_logical_devices("CPU"))
-    if config.replicas > count:
-        raise UsageError(
-            f"--replicas must be at most {count}, the number of {kind}s here. "
-            f"Received: {config.replicas}"
+def make_strategy(config: Config) -> tf.distribute.Strategy:
+    """The strategy of that name; of logical CPU devices where there is no GPU."""
+    replicas = config.replicas
+    if config.strategy == "mirrored" and not tf.config.list_physical_devices("GPU"):
+        replicas = replicas or 2
+    try:
+        return tf_effopt.distribute.strategy(
+            config.strategy, replicas=replicas, tpu=config.tpu
         )
-    devices = [f"{kind}:{i}" for i in range(config.replicas)]
-    return tf.distribute.MirroredStrategy(devices)
+    except RuntimeError as error:
+        raise UsageError(f"--strategy {config.strategy}: {error}") from error
 
 
 # ---------------------------------------------------------------------- main
@@ -336,17 +331,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingFailed as error:
         print(f"image_classification: {error} {last_checkpoint(run)}", file=sys.stderr)
         return FAILED
+    except preemption.Preempted:
+        print(f"Ended by SIGTERM. {last_checkpoint(run)}", file=sys.stderr)
+        return PREEMPTED
+    except tf.errors.OpError as error:
+        if run is None or not run.devices.several_workers:
+            raise
+        print(
+            "image_classification: another worker was lost "
+            f"({type(error).__name__}). {last_checkpoint(run)} Start all workers "
+            "again to go on.",
+            file=sys.stderr,
+        )
+        return FAILED
     except KeyboardInterrupt:
         print(f"\nInterrupted. {last_checkpoint(run)}", file=sys.stderr)
         return INTERRUPTED
-    report(run, results)
+    if run.devices.is_chief:
+        report(run, results)
     return 0
 
 
 def last_checkpoint(run: Run | None) -> str:
     if run is None or not run.checkpoint.exists():
         return "There is no checkpoint yet."
-    return f"The checkpoint of epoch {run.epochs} stands: {run.checkpoint}"
+    return f"The checkpoint of {run.progress} stands: {run.checkpoint}"
 
 
 def report(run: Run, results: dict[str, Any]) -> None:

@@ -356,10 +356,12 @@ def training_batches(
     batch_size: int,
     seed: int,
     epochs: range,
+    skip: int = 0,
 ) -> tf.data.Dataset:
     """Returns the batches of `epochs`, one epoch after the other.
 
-    Each epoch is a permutation of the examples without the last, smaller batch.
+    Each epoch is a permutation of the examples without the last, smaller batch; of
+    the first one `skip` batches are left out.
     """
     images, labels = tf.constant(data.train_images), tf.constant(data.train_labels)
     count = len(data.train_images)
@@ -382,6 +384,8 @@ def training_batches(
 
         indices = tf.data.Dataset.from_tensor_slices(order)
         indices = indices.batch(batch_size, drop_remainder=True)
+        is_first = tf.cast(epoch == epochs.start, tf.int64)
+        indices = indices.skip(skip * is_first)
         return indices.map(batch_of, tf.data.AUTOTUNE)
 
     numbers = tf.data.Dataset.range(epochs.start, epochs.stop)
@@ -391,16 +395,15 @@ def training_batches(
 def validation_batches(
     data: ImageData, replicas: int, largest_batch: int = 1000
 ) -> tf.data.Dataset:
-    """Returns the validation images in order, each exactly once."""
+    """Returns the validation images in order, each exactly once.
+
+    In equal batches of equal parts for all replicas, if there are such of a fair size.
+    """
     count = len(data.validation_images)
-    if count < replicas:
-        raise DatasetError(f"{count} validation images for {replicas} replicas.")
-    batch_size = next(
-        size
-        for size in range(min(count, largest_batch), 0, -1)
-        # A replica without any example in the last batch makes the loss NaN.
-        if count % size == 0 or count % size > size * (replicas - 1) / replicas
-    )
+    largest = min(count, largest_batch)
+    sizes = range(largest, largest // 2, -1)
+    equal = (n for n in sizes if count % n == n % replicas == 0)
+    batch_size = next(equal, largest)
     pairs = (data.validation_images, data.validation_labels)
     return tf.data.Dataset.from_tensor_slices(pairs).batch(batch_size).prefetch(2)
 

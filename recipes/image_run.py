@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,33 @@ import tensorflow_datasets as tfds
 
 import tf_effopt
 from recipes import checkpoint
+from recipes.preemption import Preempted
 
 
 class TrainingFailed(Exception):
     """Training can't go on; what was saved before stands."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """What a run is on: it may go on elsewhere.
+
+    Attributes:
+        name: of the strategy, as on the command line.
+        strategy: of `tf.distribute`.
+    """
+
+    name: str
+    strategy: tf.distribute.Strategy
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process writes files; one of several workers does."""
+        return self.strategy.extended.should_checkpoint
+
+    @property
+    def several_workers(self) -> bool:
+        return self.strategy.extended._in_multi_worker_mode()
 
 
 @dataclasses.dataclass
@@ -30,15 +54,21 @@ class Progress:
 
     Attributes:
         history: of each epoch its number, metrics, learning rate and seconds.
+        batches: those done of the next epoch, if it was broken off.
         best: the highest validation accuracy so far, for early stopping.
         waited: epochs since then.
         stopped: whether training ended early.
     """
 
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    batches: int = 0
     best: float = -1.0
     waited: int = 0
     stopped: bool = False
+
+    def __str__(self) -> str:
+        more = f" and {self.batches} batches" if self.batches else ""
+        return f"epoch {len(self.history)}{more}"
 
 
 class Run:
@@ -59,13 +89,21 @@ class Run:
         self.logs = folder / "tensorboard"
         self.progress = Progress()
         self.best_weights: dict[str, np.ndarray] = {}
+        self.metrics_so_far: dict[str, np.ndarray] = {}  # of an epoch broken off
+        self.devices = Devices("none", tf.distribute.get_strategy())
 
     @property
     def epochs(self) -> int:
         return len(self.progress.history)
 
+    def is_left(self, epochs: int) -> bool:
+        """Whether training isn't through, of so many epochs."""
+        return self.epochs < epochs and not self.progress.stopped
+
     def clear(self) -> None:
         """Deletes what a run writes, and nothing else."""
+        if not self.devices.is_chief:
+            return
         for path in (self.metrics, self.checkpoint, self.curves, self.model):
             path.unlink(missing_ok=True)
 
@@ -89,8 +127,8 @@ class Run:
             self.checkpoint, header["configuration"], self.configuration
         )
         self.progress = Progress(**header["progress"])
-        for name in [name for name in arrays if name.startswith("best/")]:
-            self.best_weights[name.removeprefix("best/")] = arrays.pop(name)
+        self.best_weights = _taken(arrays, "best/")
+        self.metrics_so_far = _taken(arrays, "metrics/")
         checkpoint.restore(checkpoint.training_state(model), arrays)
 
     def save(self, model: keras.Model) -> None:
@@ -98,19 +136,19 @@ class Run:
             "configuration": self.configuration,
             "progress": dataclasses.asdict(self.progress),
         }
+        # On all workers: some values are sums over them.
         arrays = checkpoint.values(checkpoint.training_state(model))
         arrays |= {f"best/{k}": v for k, v in self.best_weights.items()}
-        checkpoint.write(self.checkpoint, header, arrays)
+        if self.progress.batches:
+            arrays |= checkpoint.values(checkpoint.metrics_state(model))
+        if self.devices.is_chief:
+            checkpoint.write(self.checkpoint, header, arrays)
 
     def write_results(
         self, model: keras.Model, measured: dict[str, Any]
     ) -> dict[str, Any]:
         """Writes the model, the curves and, last, metrics.json; returns the latter."""
         history = self.progress.history
-        aside = self.folder / "model.tmp.keras"
-        model.save(aside)
-        os.replace(aside, self.model)
-        plot(history, self.curves)
         results = {
             **measured,
             "steps": int(_number(model.optimizer.iterations)),
@@ -119,25 +157,60 @@ class Run:
             "parameters": model.count_params(),
             "history": history,
             "configuration": self.configuration,
+            "strategy": self.devices.name,
+            "replicas": self.devices.strategy.num_replicas_in_sync,
             "versions": versions(),
             "hardware": hardware(),
         }
+        if not self.devices.is_chief:
+            return results
+        aside = self.folder / "model.tmp.keras"
+        model.save(aside)
+        os.replace(aside, self.model)
+        plot(history, self.curves)
         aside = self.folder / "metrics.json.tmp"
         aside.write_text(json.dumps(results, indent=2))
         os.replace(aside, self.metrics)
         return results
 
 
-class AfterEachEpoch(keras.callbacks.Callback):
-    """Records an epoch, stops early if asked to, and saves the checkpoint."""
+class Saving(keras.callbacks.Callback):
+    """Records epochs, stops early if asked to, and saves the checkpoint.
 
-    def __init__(self, run: Run, patience: int | None):
+    Args:
+        run: whose checkpoint it is.
+        patience: epochs without a better accuracy to wait for; None: no early stop.
+        is_time_to_save: called after each batch: whether to save and end now.
+    """
+
+    def __init__(
+        self, run: Run, patience: int | None, is_time_to_save: Callable[[], bool]
+    ):
         super().__init__()
         self.run, self.patience = run, patience
+        self.is_time_to_save = is_time_to_save
+        self.ends = False
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        self.curves = TensorBoardCurves(self.run.logs, self.run.progress.history)
+        if self.run.devices.is_chief:
+            self.curves = TensorBoardCurves(self.run.logs, self.run.progress.history)
         self.started = time.perf_counter()
+        self.before = self.run.progress.batches
+
+    def on_train_batch_end(
+        self, batch: int, logs: dict[str, float] | None = None
+    ) -> None:
+        if self.run.metrics_so_far:
+            state = checkpoint.metrics_state(self.model)
+            for name, value in self.run.metrics_so_far.items():
+                variable = state[f"metrics/{name}"]
+                variable.assign(variable + value)
+            self.run.metrics_so_far = {}
+        self.ends = self.ends or self.is_time_to_save()
+        if self.ends and batch + 1 < self.params["steps"]:
+            self.run.progress.batches = self.before + batch + 1
+            self.run.save(self.model)
+            raise Preempted
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         if not math.isfinite(logs["loss"]):
@@ -154,10 +227,14 @@ class AfterEachEpoch(keras.callbacks.Callback):
         }
         self.started = now
         self.run.progress.history.append(record)
+        self.run.progress.batches = 0
         if self.patience is not None:
             self._stop_early(self.run.progress, record["val_accuracy"])
         self.run.save(self.model)
-        self.curves.add(record)
+        if self.run.devices.is_chief:
+            self.curves.add(record)
+        if self.ends:
+            raise Preempted
 
     def _stop_early(self, progress: Progress, accuracy: float) -> None:
         progress.waited += 1
@@ -215,6 +292,12 @@ def plot(history: list[dict[str, float]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def _taken(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Takes the arrays of a prefix out, under their names without it."""
+    names = [name for name in arrays if name.startswith(prefix)]
+    return {name.removeprefix(prefix): arrays.pop(name) for name in names}
 
 
 def _number(variable: Any) -> float:
