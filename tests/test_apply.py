@@ -14,6 +14,8 @@ from cases import X, Y, arrays, compiled_model, small_model, train
 import tf_effopt
 from tf_effopt import SGD, Adam, AdamW, LossScaleOptimizer
 
+pytestmark = pytest.mark.versions
+
 
 def variable(*values, **kwargs):
     return keras.Variable(np.array(values, "float32"), **kwargs)

@@ -17,6 +17,8 @@ from keras import ops
 
 import tf_effopt
 
+pytestmark = pytest.mark.versions
+
 TOLERANCE = 2e-6
 schedules = keras.optimizers.schedules
 
@@ -313,7 +315,9 @@ class Adversaries(keras.Model):
         return {"loss": loss}
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    "jit_compile", [False, pytest.param(True, marks=pytest.mark.xla)]
+)
 def test_two_optimizers_in_a_train_step(jit_compile):
     weights = []
     for module in (tf_effopt, keras.optimizers):
@@ -437,6 +441,7 @@ def fit_with_constraint(constraint: Any, optimizer: Any) -> np.ndarray:
     return model.layers[0].kernel.numpy()  # It started with negative numbers.
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize("name", ["NonNeg", "UnitNorm"])
 def test_constraint_of_keras(name, caplog):
     constraint = getattr(keras.constraints, name)()

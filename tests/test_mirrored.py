@@ -11,6 +11,8 @@ import sys
 import pytest
 from cases import TRANSFORMS
 
+pytestmark = pytest.mark.versions
+
 HERE = pathlib.Path(__file__).parent
 TOLERANCE = 2e-6
 SHARED = [

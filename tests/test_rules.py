@@ -11,6 +11,8 @@ from oracles import RULES, train
 
 import tf_effopt
 
+pytestmark = pytest.mark.versions
+
 SHAPES = [(3, 4), (), (4097,), (2, 3, 2, 5), (1,)]
 NAMES = ["w0", "w1", "bias", "w3", "w4"]  # for patterns in the settings
 STEPS = 60
