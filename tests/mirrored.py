@@ -292,6 +292,28 @@ def divided_matrices():
     return result | {"of_two": of_two[-2:], "of_one": seen[-2:]}
 
 
+def compressed_gradients():
+    """Those of two replicas, as SGD's first step leaves them in weights of 0."""
+    strategy = tf.distribute.MirroredStrategy()
+    with strategy.scope():
+        table = keras.Variable(np.zeros((4, 2), "float32"))
+        dense = keras.Variable(np.zeros(3, "float32"))
+        optimizer = optimizers.SGD(1.0)
+        tf_effopt.distribute.compress_gradients(optimizer)
+        optimizer.build([table, dense])
+
+    def replica():
+        rows = tf.constant([[1.003, 2.0], [3.0, 4.0]])
+        sparse = tf.IndexedSlices(rows, tf.constant([1, 3]), tf.constant([4, 2]))
+        optimizer.apply([sparse, tf.constant([1.0, 1.003, 1 / 3])])
+
+    tf.function(lambda: strategy.run(replica))()
+    return {
+        "dense": (-dense.value.values[1].numpy()).tolist(),
+        "table": (-table.value.values[1].numpy()).tolist(),
+    }
+
+
 def weights_for_evaluation():
     """They are in place after `fit`; so are those to train at, when put back."""
     models = []
@@ -408,6 +430,7 @@ OURS = [
     numbers_of_the_model,
     groups,
     divided_matrices,
+    compressed_gradients,
     weights_for_evaluation,
     other_reductions,
     training_loop_without_build,

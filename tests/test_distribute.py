@@ -289,3 +289,21 @@ def _ends(pid: int, seconds: float = 20) -> bool:
             return True
         time.sleep(0.1)
     return False
+
+
+# ----------------------------------------------------------- choices for a network
+
+
+def test_what_compress_gradients_refuses():
+    compress = tf_effopt.distribute.compress_gradients
+    with pytest.raises(
+        ValueError, match="'bfloat16', 'float16'. Received: dtype='int8"
+    ):
+        compress(tf_effopt.Adam(), "int8")
+    with pytest.raises(ValueError, match="takes an optimizer of tf_effopt. Received"):
+        compress(keras.optimizers.Adam())
+    built = tf_effopt.Adam()
+    built.build([keras.Variable([1.0])])
+    with pytest.raises(ValueError, match="built already: call `compress_gradients`"):
+        compress(built)
+    compress(tf_effopt.LossScaleOptimizer(tf_effopt.Adam()), "float16")

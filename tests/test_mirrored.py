@@ -102,6 +102,13 @@ def test_matrices_are_divided_among_replicas(ours):
     assert sorted(result["of_one"]) == [[1, 8, 16], [3, 16, 16]]
 
 
+def test_gradients_are_sent_in_16_bits(ours):
+    result = ours["compressed_gradients"]
+    # 1.003 is 1 in bfloat16, a third is 0.333984375.
+    assert result["dense"] == [2.0, 2.0, 0.66796875]
+    assert result["table"] == [[0, 0], [2.0, 4.0], [0, 0], [6.0, 8.0]]
+
+
 def test_one_compiled_program_per_replica(ours):
     result = ours["programs_per_replica"]
     assert result["programs"] == result["devices"] == 2

@@ -100,6 +100,17 @@ def test_each_dtype_has_an_all_reduce_of_its_own():
 
 
 @needs_libtpu
+def test_gradients_are_sent_in_16_bits():
+    def make():
+        optimizer = tf_effopt.Adam()
+        tf_effopt.distribute.compress_gradients(optimizer)
+        return network(optimizer=optimizer)
+
+    found = tpu.compile_update(make)
+    assert found.all_reduces == [["bf16"]]
+
+
+@needs_libtpu
 def test_divided_matrix_work_adds_one_collective():
     def make():
         optimizer = tf_effopt.Muon(roles=tf_effopt.roles(network()))

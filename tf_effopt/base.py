@@ -550,6 +550,7 @@ class Optimizer(keras.optimizers.Optimizer):
             other = type(self)(**config)
         other._decay_exclusions = self._decay_exclusions.copy(memo)
         other._engine.divides_matrices = self._engine.divides_matrices
+        other._engine.gradient_dtype = self._engine.gradient_dtype
         return other
 
     def __deepcopy__(self, memo: dict) -> Optimizer:

@@ -1,7 +1,7 @@
 """Training on several devices and hosts, by TensorFlow's `tf.distribute`.
 
 `strategy` makes a strategy by name, `prepare` makes Keras's `fit` right under it,
-`divide_matrix_work` shares an optimizer's work on matrices;
+`divide_matrix_work` and `compress_gradients` choose how replicas work together;
 `python -m tf_effopt.distribute.launch` starts several workers on this machine.
 """
 
@@ -10,9 +10,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from tf_effopt.distribute.compression import compress_gradients
 from tf_effopt.distribute.matrix_work import divide_matrix_work
 
-__all__ = ["divide_matrix_work", "prepare", "strategy"]
+__all__ = ["compress_gradients", "divide_matrix_work", "prepare", "strategy"]
 
 _HOMES = {"prepare": "fit", "strategy": "strategies"}
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import keras
-
-from tf_effopt.base import Optimizer
+from tf_effopt.distribute.unbuilt import checked
 
 
 def divide_matrix_work(optimizer: Any) -> None:
@@ -36,23 +34,7 @@ def divide_matrix_work(optimizer: Any) -> None:
     ...     optimizer = tf_effopt.Muon(1e-3)
     >>> tf_effopt.distribute.divide_matrix_work(optimizer)
     """
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    is_ours = isinstance(inner, Optimizer)
-    if not is_ours:
-        raise ValueError(
-            "`divide_matrix_work` takes an optimizer of tf_effopt. "
-            f"Received: {optimizer!r}"
-        )
-    if keras.backend.backend() != "tensorflow":
-        raise ValueError(
-            "`divide_matrix_work` needs Keras's TensorFlow backend, whose strategies "
-            f"have replicas. Received: {keras.backend.backend()!r}"
-        )
-    if inner.built:
-        raise ValueError(
-            f"{inner.name} is built already: call `divide_matrix_work` before the "
-            "first step, since the compiled update holds the choice."
-        )
+    inner = checked(optimizer, "divide_matrix_work")
     if inner.gradient_accumulation_steps:
         raise ValueError(
             "`divide_matrix_work` can't be combined with gradient accumulation: no "

@@ -38,6 +38,7 @@ class Engine:
         model_state: owner -> letter -> Keras variable: the slots of rules for
             the whole model.
         divides_matrices: whether each replica works on its share of the matrices.
+        gradient_dtype: in which replicas sum up gradients; None: their own.
         owners: whose hyper-parameters there are: the optimizer, its transforms
             and its groups.
     """
@@ -46,6 +47,7 @@ class Engine:
         self.optimizer = optimizer
         self.owners: list[Any] = [optimizer]
         self.divides_matrices = False
+        self.gradient_dtype: str | None = None
         self.state: list[dict | None] = []
         self.model_state: dict[int, dict[str, Any]] = {}
         self.variables: list[TrainedVariable | None] = []

@@ -97,7 +97,7 @@ class TensorFlowEngine(Engine):
     def apply(self, gradients: list[Any], indices: list[int]) -> Any:
         self._check_context()
         received = map(self._received, gradients, indices)
-        gradients = self._all_reduce(list(received))
+        gradients = self._all_reduce_gradients(list(received))
         programs = self._programs_for(gradients, indices)
         optimizer, scalars = self.optimizer, self.scalars()
         totals = None
@@ -156,6 +156,13 @@ class TensorFlowEngine(Engine):
         # This sums rows that occur twice, before anything non-linear.
         rows = tf.IndexedSlices(gradient.values, gradient.indices, tf.constant(shape))
         return tf.convert_to_tensor(rows)
+
+    def _all_reduce_gradients(self, gradients: list[Any]) -> list[Any]:
+        if self.gradient_dtype is None or self.strategy.num_replicas_in_sync == 1:
+            return self._all_reduce(gradients)
+        sent = [_cast(g, self.gradient_dtype) for g in gradients]
+        pairs = zip(self._all_reduce(sent), gradients, strict=True)
+        return [_cast(total, g.dtype) for total, g in pairs]
 
     def _all_reduce(self, gradients: list[Any]) -> list[Any]:
         """Stage 1: the sum over replicas, the same bits on each."""
@@ -455,6 +462,16 @@ class Program:
         for tensors, old, new in zip(self.state, inputs.state, after, strict=True):
             _assign(tensors, old, new)
         return outcome.finite, outcome.counted, outcome.model
+
+
+def _cast(gradient: Any, dtype: Any) -> Any:
+    """A gradient of at least 32 bits, or back to it, in another dtype."""
+    if gradient.dtype.size < 4 and tf.as_dtype(dtype).size < 4:
+        return gradient
+    if not is_sparse(gradient):
+        return tf.cast(gradient, dtype)
+    values = tf.cast(gradient.values, dtype)
+    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
 
 
 def _plain(scalars: Scalars) -> tuple:

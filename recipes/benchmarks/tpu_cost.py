@@ -1,0 +1,179 @@
+"""What updates and training steps need on TPU, compiled ahead of time, not run.
+
+    pip install -e ".[tpu-compile,recipes]"
+    python recipes/benchmarks/tpu_cost.py
+
+The update of each optimizer of tf_effopt on ResNet-50's 214 tensors, and that of
+Keras's optimizers, and whole training steps of `recipes/image_classification.py`'s
+models, for slices of four devices of TPU v4, v5e, v5p and v6e. There is no TPU in this:
+libtpu's compiler makes the programs, and memory, traffic, cycles and collectives are
+read off them. Cycles are the compiler's estimate, without copies and collectives;
+they compare optimizers, and are no times.
+
+Writes `tpu_cost.json` and `tpu_cost.md` to `--output-dir` after each program, and goes
+on where it was ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import keras
+import numpy as np
+
+import tf_effopt
+from recipes import image_data, image_models
+from recipes.command_line import optimizers
+from tf_effopt.tpu import Report, compile_train_step, compile_update, report
+
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "v4:2x2x1")
+COMPARED = (  # of keras.optimizers, on the first topology
+    ("SGD", {}),
+    ("Adam", {}),
+    ("Adam", {"global_clipnorm": 1.0}),
+    ("Adam", {"gradient_accumulation_steps": 4}),
+    ("AdamW", {}),
+    ("RMSprop", {}),
+    ("Nadam", {}),
+    ("Lion", {}),
+    ("Lamb", {}),
+    ("Adafactor", {}),
+    ("Muon", {}),
+)
+BATCH = 256
+
+Compile = Callable[[], Report]
+
+
+def cases(topologies: Sequence[str]) -> Iterator[tuple[str, Compile]]:
+    """Name -> what compiles it."""
+    for topology in topologies:
+        for name, cls in optimizers().items():
+            # The eigenvectors of ResNet-50's matrices take the compiler too long.
+            network = digits_cnn if name == "SOAP" else resnet50
+            make = functools.partial(network, cls)
+            yield (
+                f"{name} {topology}",
+                functools.partial(compile_update, make, topology),
+            )
+        for variant in ({"global_clipnorm": 1.0}, {"gradient_accumulation_steps": 4}):
+            make = functools.partial(resnet50, tf_effopt.Adam, **variant)
+            yield (
+                f"Adam {variant} {topology}",
+                functools.partial(compile_update, make, topology),
+            )
+        if topology == TOPOLOGIES[0]:
+            for name, options in COMPARED:
+                cls = getattr(keras.optimizers, name)
+                make = functools.partial(resnet50, cls, **options)
+                yield (
+                    f"keras {name} {options} {topology}",
+                    functools.partial(compile_update, make, topology),
+                )
+        for name in ("mlp", "cnn", "resnet"):
+            make = functools.partial(recipe_model, name)
+            yield (
+                f"training step {name} {topology}",
+                functools.partial(compile_train_step, make, BATCH, topology),
+            )
+
+
+def resnet50(cls: type, **options) -> keras.Model:
+    model = keras.applications.ResNet50(weights=None, classifier_activation=None)
+    return compiled(model, cls, **options)
+
+
+def digits_cnn(cls: type, **options) -> keras.Model:
+    return compiled(recipe_network("cnn", (8, 8, 1)), cls, **options)
+
+
+def recipe_model(name: str) -> keras.Model:
+    """As the recipe trains it on CIFAR-10, in mixed precision."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        return compiled(recipe_network(name, (32, 32, 3)), tf_effopt.AdamW)
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def recipe_network(name: str, shape: tuple[int, ...]) -> keras.Model:
+    images = np.zeros((1, *shape), "uint8")
+    data = image_data.ImageData(images, [0], images, [0], 10, "")
+    model = image_models.make(name, data, synchronized=True)
+    return model
+
+
+def compiled(model: keras.Model, cls: type, **options) -> keras.Model:
+    if cls is tf_effopt.Muon:
+        options["roles"] = tf_effopt.roles(model)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(cls(**options), loss, metrics=["accuracy"])
+    return model
+
+
+# ----------------------------------------------------------------------- results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--topology", nargs="+", default=TOPOLOGIES)
+    parser.add_argument("--only", help="of the cases that have this in their name")
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=ROOT / "recipes" / "benchmarks" / "results" / "tpu",
+    )
+    arguments = parser.parse_args()
+    path = arguments.output_dir / "tpu_cost.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {"versions": report.versions(), "reports": {}, "seconds": {}}
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before["versions"] == found["versions"]:
+            found = before
+    for name, compile_it in cases(arguments.topology):
+        if name in found["reports"] or (arguments.only or "") not in name:
+            continue
+        started = time.monotonic()
+        made = compile_it()
+        found["reports"][name] = dataclasses.asdict(made)
+        found["seconds"][name] = round(time.monotonic() - started, 1)
+        print(f"{name}: {made} ({found['seconds'][name]} s)", flush=True)
+        path.write_text(json.dumps(found, indent=1))
+        path.with_suffix(".md").write_text(page(found))
+
+
+def page(found: dict) -> str:
+    versions = ", ".join(f"{name} {x}" for name, x in found["versions"].items())
+    reports = [Report(**fields) for fields in found["reports"].values()]
+    minutes = sum(found["seconds"].values()) / 60
+    return f"""\
+# Compiled for TPU ahead of time
+
+`python recipes/benchmarks/tpu_cost.py` made these programs in {minutes:.0f} minutes, on a
+machine without a TPU: **none of them was run**. {versions}.
+
+All numbers are those of one device of {reports[0].replicas}. Memory is the compiler's. HBM
+traffic and cycles are read off the optimized program: cycles are the compiler's
+estimate, without copies and collectives, and no time.
+
+{report.markdown(reports)}"""
+
+
+if __name__ == "__main__":
+    main()
