@@ -43,7 +43,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ["KERAS_BACKEND"] = "tensorflow"  # data and strategies are TensorFlow's
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # or jax; data are TensorFlow's
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # So that this file runs as a script and as a module.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -100,8 +100,8 @@ class Config:
     )
     strategy: str = option(
         "none",
-        "tf.distribute's",
-        choices=("auto", "none", "mirrored", "multi_worker", "tpu"),
+        "tf.distribute's; with KERAS_BACKEND=jax: data_parallel, on all devices",
+        choices=("auto", "none", "mirrored", "multi_worker", "tpu", "data_parallel"),
     )
     replicas: int | None = option(
         None, "with mirrored; None: all GPUs, or 2 logical CPU devices"
@@ -174,9 +174,9 @@ def resolved(config: Config) -> Config:
 
 def train(config: Config, run: Run) -> dict[str, Any]:
     """Trains, from the checkpoint if there is one; returns the results."""
-    strategy = make_strategy(config)  # first: devices can't be split later
-    run.devices = Devices(config.strategy, strategy)
     keras.backend.clear_session()
+    strategy = make_strategy(config)  # devices can't be split later
+    run.devices = Devices(config.strategy, strategy)
     keras.config.set_dtype_policy(config.precision)
     # The optimizer checks its arguments itself, before any data is read.
     make_optimizer(config.optimizer, config.learning_rate, config.set)
@@ -201,7 +201,7 @@ def train(config: Config, run: Run) -> dict[str, Any]:
         run.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output-dir can't be made: {error}") from error
-    replicas = strategy.num_replicas_in_sync
+    replicas = run.devices.replicas
     validation = image_data.validation_batches(data, replicas)
     fit(config, run, model, data, validation)
     loss, accuracy = model.evaluate(validation, verbose=0)
@@ -230,12 +230,21 @@ def make_model(
         optimizer=optimizer,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        # TensorFlow's TPU wheel can't compile for the host, nor Keras's trainer for
-        # several replicas; the optimizer compiles its update where it can be.
-        jit_compile=bool(tf.config.list_physical_devices("GPU")) and not several,
+        jit_compile=compiles_steps(several),
     )
     optimizer.build(model.trainable_variables)
     return tf_effopt.distribute.prepare(model)
+
+
+def compiles_steps(several: bool) -> bool | str:
+    """Whether Keras's trainer is to compile its steps.
+
+    TensorFlow's TPU wheel can't compile for the host, nor Keras's trainer for several
+    replicas; the optimizer compiles its update where that can be done.
+    """
+    if keras.backend.backend() == "jax":
+        return "auto"
+    return bool(tf.config.list_physical_devices("GPU")) and not several
 
 
 def learning_rate(config: Config, steps_per_epoch: int) -> Any:
@@ -272,10 +281,10 @@ def fit(
     verbose = 1 if sys.stdout.isatty() else 2
     if not run.is_left(config.epochs):  # killed after the last epoch, before the end
         model.optimizer.finalize_variable_values(model.trainable_variables)
-    while run.is_left(config.epochs):
-        done = run.progress.batches  # of an epoch that was broken off
-        left = range(run.epochs, run.epochs + 1 if done else config.epochs)
-        with preemption.watched(run.devices.strategy) as is_time_to_save:
+    with preemption.watched(run.devices.strategy) as is_time_to_save:
+        while run.is_left(config.epochs):
+            done = run.progress.batches  # of an epoch that was broken off
+            left = range(run.epochs, run.epochs + 1 if done else config.epochs)
             model.fit(
                 image_data.training_batches(
                     data, augmentation, config.batch_size, config.seed, left, done
@@ -291,14 +300,28 @@ def fit(
                 shuffle=False,  # the data set does it
                 verbose=verbose if run.devices.is_chief else 0,
             )
-        if run.is_left(config.epochs):
-            run.restore(model)  # `fit` ends with the weights that are to be evaluated
+            if is_time_to_save():  # since the last epoch was saved
+                raise preemption.Preempted
+            if run.is_left(config.epochs):
+                run.restore(model)  # `fit` ends with the weights to be evaluated
     if run.best_weights:
         checkpoint.restore(checkpoint.model_state(model), run.best_weights)
 
 
 def make_strategy(config: Config) -> tf.distribute.Strategy:
     """The strategy of that name; of logical CPU devices where there is no GPU."""
+    on_jax = keras.backend.backend() == "jax"
+    if on_jax != (config.strategy == "data_parallel") and config.strategy != "none":
+        raise UsageError(
+            "With KERAS_BACKEND=jax --strategy is none or data_parallel, with "
+            "tensorflow any but the latter. Received: --strategy "
+            f"{config.strategy} with {keras.backend.backend()}"
+        )
+    if on_jax:  # Keras itself shards batches; TensorFlow only feeds them.
+        several = config.strategy == "data_parallel"
+        data_parallel = keras.distribution.DataParallel() if several else None
+        keras.distribution.set_distribution(data_parallel)
+        return tf.distribute.get_strategy()
     replicas = config.replicas
     if config.strategy == "mirrored" and not tf.config.list_physical_devices("GPU"):
         replicas = replicas or 2

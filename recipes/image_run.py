@@ -44,6 +44,13 @@ class Devices:
         return self.strategy.extended.should_checkpoint
 
     @property
+    def replicas(self) -> int:
+        on_jax = keras.distribution.distribution()
+        if on_jax is not None:
+            return on_jax.device_mesh.devices.size
+        return self.strategy.num_replicas_in_sync
+
+    @property
     def several_workers(self) -> bool:
         return self.strategy.extended._in_multi_worker_mode()
 
@@ -158,7 +165,7 @@ class Run:
             "history": history,
             "configuration": self.configuration,
             "strategy": self.devices.name,
-            "replicas": self.devices.strategy.num_replicas_in_sync,
+            "replicas": self.devices.replicas,
             "versions": versions(),
             "hardware": hardware(),
         }
@@ -201,6 +208,7 @@ class Saving(keras.callbacks.Callback):
         self, batch: int, logs: dict[str, float] | None = None
     ) -> None:
         if self.run.metrics_so_far:
+            _sync(self.model)
             state = checkpoint.metrics_state(self.model)
             for name, value in self.run.metrics_so_far.items():
                 variable = state[f"metrics/{name}"]
@@ -209,6 +217,7 @@ class Saving(keras.callbacks.Callback):
         self.ends = self.ends or self.is_time_to_save()
         if self.ends and batch + 1 < self.params["steps"]:
             self.run.progress.batches = self.before + batch + 1
+            _sync(self.model)
             self.run.save(self.model)
             raise Preempted
 
@@ -294,6 +303,12 @@ def plot(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _sync(model: keras.Model) -> None:
+    """On JAX `fit` keeps the variables' values to itself until it is asked."""
+    if keras.backend.backend() == "jax":
+        model.jax_state_sync()
+
+
 def _taken(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """Takes the arrays of a prefix out, under their names without it."""
     names = [name for name in arrays if name.startswith(prefix)]
@@ -307,6 +322,7 @@ def _number(variable: Any) -> float:
 def versions() -> dict[str, str]:
     modules = (tf_effopt, keras, tf, tfds, np)
     found = {module.__name__: module.__version__ for module in modules}
+    found["backend"] = keras.backend.backend()
     return {"python": platform.python_version(), **found}
 
 

@@ -262,6 +262,31 @@ def test_mirrored_replicas_train(tmp_path, data_dir, precision):
     assert "finished already" in results["again"][1]
 
 
+@pytest.mark.slow
+def test_on_jax_two_devices_train_as_one_does(tmp_path, data_dir):
+    losses = []
+    for strategy, devices in (("none", 1), ("data_parallel", 2)):
+        folder = tmp_path / strategy
+        subprocess.run(
+            [sys.executable, "recipes/image_classification.py", "--epochs", "2"]
+            + ["--strategy", strategy, "--output-dir", str(folder)],
+            check=True,
+            capture_output=True,
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "KERAS_BACKEND": "jax",
+                "TFDS_DATA_DIR": str(data_dir),
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            },
+            timeout=TIME_LIMIT,
+        )
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert metrics["replicas"] == devices
+        losses.append([epoch["loss"] for epoch in metrics["history"]])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
+
+
 # ------------------------------------------------------------------ bad input
 
 
@@ -298,6 +323,8 @@ BAD_INPUT = {
     "warm-up": (["--warmup", "2"], ["--warmup must be in [0, 1]", "2"]),
     "batch": (["--batch-size", "5000"], ["at most 1437", "5000"]),
     "replicas": (["--replicas", "2"], ["--strategy mirrored"]),
+    "strategy": (["--strategy", "tpu"], ["--strategy tpu: ", "built without TPUs"]),
+    "backend": (["--strategy", "data_parallel"], ["KERAS_BACKEND=jax"]),
     "seed": (["--seed", "-1"], ["--seed must be in", "-1"]),
     "cifar10": (
         ["--dataset", "cifar10"],
@@ -455,7 +482,7 @@ def test_sigterm_saves_within_an_epoch_and_the_bits_are_the_same(
 def test_a_run_goes_on_under_another_strategy(tmp_path, data_dir):
     """Two replicas, then one device, then two workers, then one device."""
     folder = tmp_path / "run"
-    options = ["--epochs", "12", "--data-dir", str(data_dir)]
+    options = ["--epochs", "40", "--data-dir", str(data_dir)]
     interrupted(folder, ["--strategy", "mirrored", *options])
     said = interrupted(folder, options)
     assert "Going on after epoch 1" in said
@@ -463,9 +490,9 @@ def test_a_run_goes_on_under_another_strategy(tmp_path, data_dir):
     assert "Going on after epoch" in said
     resume_kills.complete(folder, options)
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert len(metrics["history"]) == 12
+    assert len(metrics["history"]) == 40
     assert metrics["accuracy"] > 0.95
-    assert metrics["steps"] == 12 * (1437 // 64)
+    assert metrics["steps"] == 40 * (1437 // 64)
 
 
 def test_a_checkpoint_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def prepare(model: keras.Model) -> keras.Model:
     ...     model.compile(tf_effopt.Adam(), "mse")
     >>> model = tf_effopt.distribute.prepare(model)
 
-    On one device nothing changes. With several replicas, on one host or several:
+    On one device, and with Keras's other backends, nothing changes. With several replicas, on one host or several:
 
     - Each replica's loss counts by its number of examples, so that gradients and loss
       of a short last batch, of which a replica may have nothing, are those of one
@@ -63,6 +63,8 @@ def prepare(model: keras.Model) -> keras.Model:
             "`prepare` takes a compiled model: call `model.compile(...)` first. "
             f"Received: {model.name!r}"
         )
+    if keras.backend.backend() != "tensorflow":
+        return model  # no strategy, then
     strategy = model.distribute_strategy
     if strategy.num_replicas_in_sync == 1:
         return model

@@ -27,7 +27,7 @@ def strategy(
 ) -> tf.distribute.Strategy:
     """Makes a `tf.distribute` strategy; call it before anything else runs.
 
-    >>> import tf_effopt
+    >>> import keras, tf_effopt
     >>> strategy = tf_effopt.distribute.strategy("none")
     >>> with strategy.scope():
     ...     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])

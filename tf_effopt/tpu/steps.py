@@ -143,7 +143,7 @@ def _blank(
     strategy: ProgramStrategy,
 ) -> Report:
     own = type(optimizer).__module__.partition(".")[0] == "tf_effopt"
-    kept = [*weights, *(v for v in optimizer.variables if v.shape)]
+    kept = [*weights, *(v for v in optimizer.variables if len(v.shape))]
     return Report(
         ("" if own else "keras.") + type(optimizer).__name__,
         what,
