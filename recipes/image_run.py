@@ -211,8 +211,7 @@ class Saving(keras.callbacks.Callback):
             _sync(self.model)
             state = checkpoint.metrics_state(self.model)
             for name, value in self.run.metrics_so_far.items():
-                variable = state[f"metrics/{name}"]
-                variable.assign(variable + value)
+                self._add(state[f"metrics/{name}"], value)
             self.run.metrics_so_far = {}
         self.ends = self.ends or self.is_time_to_save()
         if self.ends and batch + 1 < self.params["steps"]:
@@ -220,6 +219,14 @@ class Saving(keras.callbacks.Callback):
             _sync(self.model)
             self.run.save(self.model)
             raise Preempted
+
+    def _add(self, variable: keras.Variable, value: np.ndarray) -> None:
+        """Adds to what a metric has summed up, on one of the replicas."""
+        if keras.backend.backend() == "jax":
+            variable.assign(variable + value)
+        elif self.run.devices.is_chief:
+            local = self.run.devices.strategy.experimental_local_results
+            local(variable.value)[0].assign_add(value)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         if not math.isfinite(logs["loss"]):

@@ -475,6 +475,8 @@ def test_sigterm_saves_within_an_epoch_and_the_bits_are_the_same(
     assert header["progress"]["batches"] > 0
     resume_kills.complete(tmp_path / "rough", options, workers)
     different = resume_kills.differences(tmp_path / "smooth", tmp_path / "rough")
+    if workers > 1:  # The logged loss is summed up in another order.
+        different = [x for x in different if not x.endswith("/history")]
     assert different == []
 
 
