@@ -303,7 +303,7 @@ def fit(
             if is_time_to_save():  # since the last epoch was saved
                 raise preemption.Preempted
             if run.is_left(config.epochs):
-                run.restore(model)  # `fit` ends with the weights to be evaluated
+                run.take_up_saved(model)  # `fit` ends with weights to be evaluated
     if run.best_weights:
         checkpoint.restore(checkpoint.model_state(model), run.best_weights)
 

@@ -97,6 +97,7 @@ class Run:
         self.progress = Progress()
         self.best_weights: dict[str, np.ndarray] = {}
         self.metrics_so_far: dict[str, np.ndarray] = {}  # of an epoch broken off
+        self.saved: dict[str, np.ndarray] = {}
         self.devices = Devices("none", tf.distribute.get_strategy())
 
     @property
@@ -144,12 +145,17 @@ class Run:
             "progress": dataclasses.asdict(self.progress),
         }
         # On all workers: some values are sums over them.
-        arrays = checkpoint.values(checkpoint.training_state(model))
+        self.saved = checkpoint.values(checkpoint.training_state(model))
+        arrays = dict(self.saved)
         arrays |= {f"best/{k}": v for k, v in self.best_weights.items()}
         if self.progress.batches:
             arrays |= checkpoint.values(checkpoint.metrics_state(model))
         if self.devices.is_chief:
             checkpoint.write(self.checkpoint, header, arrays)
+
+    def take_up_saved(self, model: keras.Model) -> None:
+        """Takes up what was saved last, from memory: it may not be on disk yet."""
+        checkpoint.restore(checkpoint.training_state(model), self.saved)
 
     def write_results(
         self, model: keras.Model, measured: dict[str, Any]
