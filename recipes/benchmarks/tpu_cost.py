@@ -5,7 +5,7 @@
 
 The update of each optimizer of tf_effopt on ResNet-50's 214 tensors, and that of
 Keras's optimizers, and whole training steps of `recipes/image_classification.py`'s
-models, for slices of four devices of TPU v4, v5e, v5p and v6e. There is no TPU in this:
+models, for four chips of TPU v4, v5e, v5p and v6e. There is no TPU in this:
 libtpu's compiler makes the programs, and memory, traffic, cycles and collectives are
 read off them. Cycles are the compiler's estimate, without copies and collectives;
 they compare optimizers, and are no times.
@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -160,19 +161,28 @@ def main() -> None:
 
 def page(found: dict) -> str:
     versions = ", ".join(f"{name} {x}" for name, x in found["versions"].items())
-    reports = [Report(**fields) for fields in found["reports"].values()]
     minutes = sum(found["seconds"].values()) / 60
+    table = report.markdown(
+        Report(**fields | {"compiled": fields["compiled"] + options(name)})
+        for name, fields in found["reports"].items()
+    )
     return f"""\
 # Compiled for TPU ahead of time
 
 `python recipes/benchmarks/tpu_cost.py` made these programs in {minutes:.0f} minutes, on a
 machine without a TPU: **none of them was run**. {versions}.
 
-All numbers are those of one device of {reports[0].replicas}. Memory is the compiler's. HBM
-traffic and cycles are read off the optimized program: cycles are the compiler's
-estimate, without copies and collectives, and no time.
+All numbers are those of one device. Memory is the compiler's: temporaries include what
+it keeps in vector memory. HBM traffic and cycles are read off the optimized program.
+Cycles are the compiler's estimate, without copies and collectives, and no time.
 
-{report.markdown(reports)}"""
+{table}"""
+
+
+def options(name: str) -> str:
+    """What a case's name tells of the optimizer's arguments."""
+    found = re.search(r"\{(.+)\}", name)
+    return f", `{found[1]}`" if found else ""
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def update(strategy: tf.distribute.Strategy, make: Callable) -> Callable[[], Non
     gradients = [tf.constant(rng.normal(size=v.shape), "float32") for v in weights]
 
     def replica(gradients: list[tf.Tensor]) -> None:
-        optimizer.apply(gradients, weights)
+        optimizer.apply([tf.identity(g) for g in gradients], weights)
 
     step = tf.function(lambda xs: strategy.run(replica, args=(xs,)), autograph=False)
     return lambda: step(gradients)
