@@ -66,13 +66,19 @@ def test_update_is_in_place_and_has_one_all_reduce(cls, topology):
     # All of it, but for the first weights that Prodigy keeps as they are.
     unchanged = found.state_bytes / 5 if cls is tf_effopt.Prodigy else 0
     assert found.alias_bytes >= found.state_bytes - unchanged
+    if cls.elementwise:
+        # Chips with little vector memory keep the summed gradient elsewhere.
+        gradient = found.argument_bytes - found.state_bytes
+        summed = 0 if topology.startswith("v5e") else gradient
+        assert found.temporary_bytes < 0.1 * found.state_bytes + 1.05 * summed
+    if not found.is_read:
+        assert cls is tf_effopt.SOAP
+        return
     assert found.all_reduces == [["f32"]]
     assert not found.other_collectives
     assert not found.has_float64
     assert found.cycles > 0
     assert found.hbm_bytes > found.state_bytes
-    if cls.elementwise:
-        assert found.temporary_bytes < 0.1 * found.state_bytes
 
 
 @needs_libtpu
