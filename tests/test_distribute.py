@@ -24,7 +24,7 @@ from tf_effopt.distribute import hooks, launch
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = ROOT / "tests" / "workers.py"
-TIME_LIMIT = 600  # seconds for all cases of a group
+TIME_LIMIT = 1200  # seconds for all cases of a group
 NAMES = [case.__name__ for case in CASES]
 FEW = ["accumulation", "an_empty_replica_in_a_loop", "prediction", "infinite"]
 # Of a model with several outputs Keras takes the mean over batches, not examples, of
