@@ -4,6 +4,7 @@
     python recipes/image_classification.py --dataset fashion_mnist --model resnet
     python recipes/image_classification.py --optimizer SGD --set momentum=0.9
     python recipes/image_classification.py --strategy mirrored --replicas 2
+    python -m tf_effopt.distribute.launch --workers 2 recipes/image_classification.py --strategy multi_worker
 
 The first trains on scikit-learn's handwritten digits, without any download.
 Another data set is prepared by TensorFlow Datasets, from the internet or, with
@@ -201,8 +202,7 @@ def train(config: Config, run: Run) -> dict[str, Any]:
         run.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output-dir can't be made: {error}") from error
-    replicas = run.devices.replicas
-    validation = image_data.validation_batches(data, replicas)
+    validation = image_data.validation_batches(data, run.devices.replicas)
     fit(config, run, model, data, validation)
     loss, accuracy = model.evaluate(validation, verbose=0)
     measured = {

@@ -25,10 +25,9 @@ def watched(strategy: tf.distribute.Strategy) -> Iterator[Callable[[], bool]]:
     received = threading.Event()
     before = signal.getsignal(signal.SIGTERM)
     try:
-        resolver = strategy.cluster_resolver
         if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
             with tempfile.TemporaryDirectory() as unused:
-                yield _agreed(resolver, received, unused)
+                yield _agreed(strategy.cluster_resolver, received, unused)
         else:
             signal.signal(signal.SIGTERM, lambda *_: received.set())
             yield received.is_set

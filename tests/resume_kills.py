@@ -106,10 +106,10 @@ def killed(
     process = start(folder, options, workers)
     try:
         for _ in range(kill.checkpoints):
-            before = _identity(checkpoint)
-            _wait_for(process, lambda: _identity(checkpoint) != before)  # noqa: B023
+            before = identity(checkpoint)
+            wait_for(process, lambda: identity(checkpoint) != before)  # noqa: B023
         if kill.fraction is None:
-            _wait_for(process, aside.exists)
+            wait_for(process, aside.exists)
         else:
             pause = epoch if kill.checkpoints else startup
             time.sleep(kill.fraction * pause)
@@ -124,7 +124,7 @@ def killed(
     return aside.exists()
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def identity(path: Path) -> tuple[int, int] | None:
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -132,7 +132,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def _wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
+def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + TIME_LIMIT
     while not condition():
         if process.poll() is not None:

@@ -448,10 +448,10 @@ def interrupted(folder, options, workers=1, checkpoints=1):
     process = resume_kills.start(folder, options, workers)
     try:
         for _ in range(checkpoints):
-            before = resume_kills._identity(folder / "checkpoint.npz")
-            resume_kills._wait_for(
+            before = resume_kills.identity(folder / "checkpoint.npz")
+            resume_kills.wait_for(
                 process,
-                lambda: resume_kills._identity(folder / "checkpoint.npz") != before,  # noqa: B023
+                lambda: resume_kills.identity(folder / "checkpoint.npz") != before,  # noqa: B023
             )
         # One worker of several: the others have to be told.
         os.kill(resume_kills.processes(process, workers)[-1], signal.SIGTERM)

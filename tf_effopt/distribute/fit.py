@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -151,15 +151,8 @@ class _Adapter:
                 dtypes.setdefault(v.dtype, []).append(v)
         sums = []
         for own in dtypes.values():
-            flat = [tf.reshape(tf.convert_to_tensor(v), [-1]) for v in own]
-            parts = tf.split(
-                shares.summed(tf.concat(flat, axis=0)),
-                [math.prod(v.shape) for v in own],
-            )
-            sums += [
-                (v, tf.reshape(part, v.shape))
-                for v, part in zip(own, parts, strict=True)
-            ]
+            total = shares.summed(_joined([tf.convert_to_tensor(v) for v in own]))
+            sums += zip(own, _parted(total, [v.shape for v in own]), strict=True)
         with keras.StatelessScope(state_mapping=sums):
             return logs | self.model.get_metrics_result()
 
@@ -181,11 +174,18 @@ class _PackedLogs:
         self.structure = tree.map_structure(lambda _: 0, logs)
         values = tree.flatten(logs)
         self.shapes = [x.shape.as_list() for x in values]
-        flat = [tf.reshape(tf.cast(x, tf.float32), [-1]) for x in values]
-        return tf.concat(flat, axis=0)[tf.newaxis]
+        return _joined([tf.cast(x, tf.float32) for x in values])[tf.newaxis]
 
     def unpacked(self, packed: tf.Tensor) -> Any:
-        sizes = [math.prod(shape) for shape in self.shapes]
-        parts = tf.split(packed, sizes)
-        values = [tf.reshape(*x) for x in zip(parts, self.shapes, strict=True)]
-        return tree.pack_sequence_as(self.structure, values)
+        return tree.pack_sequence_as(self.structure, _parted(packed, self.shapes))
+
+
+def _joined(tensors: list[tf.Tensor]) -> tf.Tensor:
+    """The elements of several tensors of one dtype, as one vector."""
+    return tf.concat([tf.reshape(x, [-1]) for x in tensors], axis=0)
+
+
+def _parted(joined: tf.Tensor, shapes: list[Sequence[int]]) -> list[tf.Tensor]:
+    """The tensors of these shapes that were joined."""
+    parts = tf.split(joined, [math.prod(shape) for shape in shapes])
+    return [tf.reshape(*x) for x in zip(parts, shapes, strict=True)]

@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
 
 COLLECTIVES = (
     "all-gather",
@@ -114,11 +113,13 @@ def costs(text: str) -> Costs:
     module = Module(text)
     total = module.traffic(module.entry)
     collectives: dict[str, list[list[str]]] = collections.defaultdict(list)
-    for instruction in module.all_instructions():
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            carried = {x.dtype for x in module.operand_arrays(instruction)}
-            collectives[kind].append(sorted(carried))
+    for computation in module.computations.values():
+        for instruction in computation.values():
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                operands = _read(computation, instruction)
+                carried = {x.dtype for o in operands for x in o.results}
+                collectives[kind].append(sorted(carried))
     return Costs(
         total.bytes,
         total.cycles,
@@ -145,17 +146,6 @@ class Module:
             if instruction is not None:
                 current[instruction.name] = instruction
         self.traffic = functools.cache(self._traffic)
-
-    def all_instructions(self) -> Iterator[Instruction]:
-        for computation in self.computations.values():
-            yield from computation.values()
-
-    def operand_arrays(self, instruction: Instruction) -> list[Array]:
-        """The arrays that an instruction is given, where they are known."""
-        for computation in self.computations.values():
-            if computation.get(instruction.name) is instruction:
-                return [x for o in _read(computation, instruction) for x in o.results]
-        return []
 
     def _traffic(self, name: str) -> Traffic:
         computation = self.computations[name]
