@@ -26,6 +26,12 @@ LARGEST_SET = 8 * 1024**3  # bytes: sets are held in memory
 DEFAULT_IMAGE_SIZE = 64  # for sets whose images differ in size
 REACHABILITY_SECONDS = 4.0
 
+if not hasattr(tfds, "core"):  # it logs what went wrong on import, and goes on
+    raise ImportError(
+        "tensorflow_datasets couldn't be loaded: its error is logged above. With "
+        'TensorFlow 2.19, `pip install "tensorflow-metadata<1.18"`.'
+    )
+
 
 class DatasetError(Exception):
     """A data set can't be had, or isn't one of labelled images."""
