@@ -41,11 +41,17 @@ from recipes.command_line import optimizers
 from tf_effopt.tpu import Report, compile_train_step, compile_update, report
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "v4:2x2x1")
+VARIANTS = (  # of Adam
+    {"global_clipnorm": 1.0},
+    {"gradient_accumulation_steps": 4},
+    {"use_ema": True},
+)
 COMPARED = (  # of keras.optimizers, on the first topology
     ("SGD", {}),
     ("Adam", {}),
     ("Adam", {"global_clipnorm": 1.0}),
     ("Adam", {"gradient_accumulation_steps": 4}),
+    ("Adam", {"use_ema": True}),
     ("AdamW", {}),
     ("RMSprop", {}),
     ("Nadam", {}),
@@ -70,7 +76,7 @@ def cases(topologies: Sequence[str]) -> Iterator[tuple[str, Compile]]:
                 f"{name} {topology}",
                 functools.partial(compile_update, make, topology),
             )
-        for variant in ({"global_clipnorm": 1.0}, {"gradient_accumulation_steps": 4}):
+        for variant in VARIANTS:
             make = functools.partial(resnet50, tf_effopt.Adam, **variant)
             yield (
                 f"Adam {variant} {topology}",

@@ -44,7 +44,7 @@ from tf_effopt.engine.gradients import (
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.matrices import Share, matrix_steps
 from tf_effopt.engine.plan import OPTIMIZER, Arguments, Plan
-from tf_effopt.engine.updates import updated, upkept
+from tf_effopt.engine.updates import averaged, updated, upkept
 
 
 @dataclasses.dataclass
@@ -158,11 +158,18 @@ def step(inputs: Inputs) -> tuple[list[dict], Outcome]:
             after = upkept(inputs, after, work.gradients, arguments)
         return after, model, mark * 0.0
 
+    def whole_update() -> tuple[list[dict], dict, Any]:
+        after, model, mark = update()
+        return averaged(inputs, after), model, mark
+
     unchanged = (before, model_before, mark)
     if plan.selects and n == 1:
         after, model, mark = _where(proceed, update(), unchanged)
+        # Of the weights that are kept: XLA makes one loop of a tensor's update only
+        # if what leads to an output is one itself.
+        after = _where(proceed, averaged(inputs, after), after)
     else:
-        after, model, mark = ops.cond(proceed, update, lambda: unchanged)
+        after, model, mark = ops.cond(proceed, whole_update, lambda: unchanged)
     if n > 1:
         if plan.decides:
             mark = ops.where(skips, ops.zeros_like(mark), mark)

@@ -17,7 +17,7 @@ from tf_effopt.engine.sparse import Rows
 def updated(
     inputs: Inputs, state: list[dict], gradients: list[Any], arguments: Arguments
 ) -> list[dict]:
-    """Stages 7 to 12; returns the next state of each variable."""
+    """Stages 7 to 11; returns the next state of each variable."""
     if inputs.plan.evaluation is not None:
         state = [
             tensors | {"weight": _at_training(inputs, v, tensors, arguments)}
@@ -42,7 +42,7 @@ def _update_one(
     arguments: Arguments,
     step: tuple[Any, dict] | None,
 ) -> dict:
-    """Stages 7 to 12 for one variable; `step` is its rule's, if known already."""
+    """Stages 7 to 11 for one variable; `step` is its rule's, if known already."""
     after = dict(tensors)
     if isinstance(g, Rows):
         touched = {k: x for k, x in tensors.items() if k != "average"}
@@ -55,9 +55,18 @@ def _update_one(
         after |= _apply_rule(inputs, v, tensors, g, arguments, step)
     if g is not None and v.constraint is not None:
         after["weight"] = ops.cast(v.constraint(after["weight"]), v.dtype)
-    if inputs.plan.ema:
-        after |= _average(inputs, v, after, arguments)
     return after
+
+
+def averaged(inputs: Inputs, state: list[dict]) -> list[dict]:
+    """Stage 12, of the state after all others."""
+    if not inputs.plan.ema:
+        return state
+    arguments = Arguments(inputs.plan, inputs.scalars, inputs.t)
+    return [
+        tensors | _average(inputs, v, tensors, arguments)
+        for v, tensors in zip(inputs.variables, state, strict=True)
+    ]
 
 
 def upkept(
@@ -154,7 +163,7 @@ def switched(inputs: Inputs, to_evaluation: bool) -> list[Any]:
 def _average(
     inputs: Inputs, v: TrainedVariable, tensors: dict, arguments: Arguments
 ) -> dict:
-    """Stage 12."""
+    """Stage 12 for one variable."""
     plan, t = inputs.plan, inputs.t
     numbers = arguments.of(OPTIMIZER, v.compute_dtype)
     average = ema.ema_rule(

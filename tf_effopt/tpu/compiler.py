@@ -119,13 +119,16 @@ def topology_devices(topology: str) -> tuple[Any, ...]:
     return tuple(description.devices)
 
 
-def compile_hlo(hlo: bytes, topology: str, replicas: int) -> Compiled:
+def compile_hlo(
+    hlo: bytes, topology: str, replicas: int, overwritten: int = 0
+) -> Compiled:
     """Compiles a program for the first `replicas` devices of a topology.
 
     Args:
         hlo: a serialized `HloModuleProto`, as TensorFlow lowers it for a CPU.
         topology: such as `"v5e:2x2"`.
         replicas: how many devices run the program, each on its own data.
+        overwritten: how many of the first outputs take the place of the first inputs.
 
     Raises:
         CompileError: the compiler refused it.
@@ -144,6 +147,7 @@ def compile_hlo(hlo: bytes, topology: str, replicas: int) -> Compiled:
     )
     with mlir.make_ir_context():
         module = ir.Module.parse(_jax.mlir.hlo_to_stablehlo(hlo))
+        _alias(module, overwritten)
         for operation in list(_operations(module.operation)):
             if operation.name == "mhlo.copy":  # which libtpu can't read
                 operation.results[0].replace_all_uses_with(operation.operands[0])
@@ -166,6 +170,24 @@ def compile_hlo(hlo: bytes, topology: str, replicas: int) -> Compiled:
         memory.temp_size_in_bytes,
         memory.generated_code_size_in_bytes,
         _text(executable),
+    )
+
+
+def _alias(module: Any, overwritten: int) -> None:
+    """Lets the first outputs take the place of the first inputs, one by one."""
+    from jaxlib.mlir import ir
+
+    if not overwritten:
+        return
+    pairs = [
+        f"{{alias = {{kind = \"may_alias\", parameter_index = array<i64>, "
+        f"parameter_number = {i} : i64}}, output_index = array<i64: {i}>}}"
+        for i in range(overwritten)
+    ]
+    name = "mhlo.input_output_alias"
+    of_variables = str(module.operation.attributes[name]).strip("[]")
+    module.operation.attributes[name] = ir.Attribute.parse(
+        f"[{', '.join([*pairs, of_variables])}]"
     )
 
 

@@ -7,7 +7,7 @@ optimizer as well as in layers such as `BatchNormalization(synchronized=True)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -25,12 +25,18 @@ class ProgramStrategy(tf.distribute.Strategy):
     def __init__(self, replicas: int):
         super().__init__(_Extended(self, replicas))
 
+    def sums_of(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """What tensors came to, summed over replicas; empty if one wasn't."""
+        sums = [self.extended.sums.get(x.ref()) for x in tensors]
+        return [] if any(x is None for x in sums) else sums
+
 
 class _Extended(OneDeviceExtended):
     def __init__(self, strategy: ProgramStrategy, replicas: int):
         # Where variables are made and the function is traced.
         super().__init__(strategy, "/device:CPU:0")
         self._replicas = replicas
+        self.sums: dict[Any, tf.Tensor] = {}  # by a reference to what was summed
 
     @property
     def _num_replicas_in_sync(self) -> int:
@@ -57,6 +63,7 @@ class _Extended(OneDeviceExtended):
 
         def reduced(x: Any) -> Any:
             total = gen_xla_ops.xla_all_reduce(x, group, "Add", "CrossReplica")
+            self.sums[x.ref()] = total
             mean = reduce_op == tf.distribute.ReduceOp.MEAN
             return total / self._replicas if mean else total
 

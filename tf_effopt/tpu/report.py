@@ -26,7 +26,7 @@ class Report:
         state_bytes: weights and optimizer state.
         error: None if it compiles, else why it doesn't.
         argument_bytes: weights, state, and gradients or the batch.
-        alias_bytes: of those, what is updated in place.
+        alias_bytes: of weights and state, what is updated in place.
         temporary_bytes: what is needed besides.
         hbm_bytes: read from and written to the device's memory.
         cycles: the compiler's estimate of the computations, without copies and
@@ -77,12 +77,15 @@ class Report:
         )
 
 
-def filled_in(blank: Report, program: Compiled) -> Report:
-    """A report with what the compiled program needs."""
+def filled_in(blank: Report, program: Compiled, not_state: int) -> Report:
+    """A report with what the compiled program needs.
+
+    `not_state`: bytes of what it writes in the place of something else.
+    """
     memory = dataclasses.replace(
         blank,
         argument_bytes=program.argument_bytes,
-        alias_bytes=program.alias_bytes,
+        alias_bytes=program.alias_bytes - not_state,
         temporary_bytes=program.temporary_bytes,
     )
     if program.text is None:

@@ -18,7 +18,8 @@ def compile_update(
 ) -> Report:
     """Compiles one update of a model's optimizer for all devices of a TPU slice.
 
-    Gradients are summed over the devices within the program.
+    Gradients are summed over the devices within the program, and the sums take their
+    place in memory, as they do within a whole step of training.
 
         def make_model():
             model = keras.applications.ResNet50(weights=None)
@@ -42,12 +43,13 @@ def compile_update(
     strategy, model = _made(make_model, topology)
     optimizer, weights = model.optimizer, model.trainable_variables
 
-    def update(*gradients: Any) -> None:
+    def update(*gradients: Any) -> list[Any]:
         optimizer.apply(list(gradients), weights)
+        return strategy.sums_of(gradients)
 
     specs = [tf.TensorSpec(v.shape, v.dtype) for v in weights]
     blank = _blank(f"update of {model.name}", optimizer, weights, topology, strategy)
-    return _compiled(blank, strategy, update, specs)
+    return _compiled(blank, strategy, update, specs, overwrites=True)
 
 
 def compile_train_step(
@@ -154,20 +156,32 @@ def _blank(
 
 
 def _compiled(
-    blank: Report, strategy: ProgramStrategy, function: Callable, specs: Sequence[Any]
+    blank: Report,
+    strategy: ProgramStrategy,
+    function: Callable,
+    specs: Sequence[Any],
+    overwrites: bool = False,
 ) -> Report:
+    """`overwrites`: whether what it returns takes its arguments' place, one by one."""
+
     @tf.function(jit_compile=True, autograph=False)
     def program(*flat: Any) -> Any:
         with strategy.scope():
             arguments = tf.nest.pack_sequence_as(specs, flat)
             return strategy.extended.call_for_each_replica(function, arguments)
 
+    flat = tf.nest.flatten(specs)
     try:
-        lowered = program.experimental_get_compiler_ir(*tf.nest.flatten(specs))
+        returned = program.get_concrete_function(*flat).outputs
+        overwritten = flat[: len(returned)] if overwrites else []
+        lowered = program.experimental_get_compiler_ir(*flat)
         # As for a CPU: functions with variables can't be lowered for a TPU that
         # isn't there.
         hlo = lowered(stage="hlo_serialized", platform_name="CPU")
-        compiled = compiler.compile_hlo(hlo, blank.topology, blank.replicas)
+        compiled = compiler.compile_hlo(
+            hlo, blank.topology, blank.replicas, len(overwritten)
+        )
     except (compiler.CompileError, tf.errors.OpError) as error:
         return report.failed(blank, error)
-    return report.filled_in(blank, compiled)
+    not_state = sum(x.dtype.size * x.shape.num_elements() for x in overwritten)
+    return report.filled_in(blank, compiled, not_state)
