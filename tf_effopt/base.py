@@ -314,7 +314,10 @@ class Optimizer(keras.optimizers.Optimizer):
         dtype = "float64" if "float64" in dtypes else "float32"
         made: dict[int, dict] = {}
         for number, owner in enumerate(self.owners()):
-            slots = dict(owner.model_rule.slots) if owner.model_rule else {}
+            slots = {}
+            if owner.model_rule:
+                made[number] = {}  # of a rule without slots, too
+                slots = dict(owner.model_rule.slots)
             if number == OPTIMIZER and self.evaluation is not None:
                 slots[EVALUATING] = (EVALUATING, 0.0)
             for letter, (name, start) in slots.items():

@@ -10,7 +10,7 @@ from keras import ops
 
 from tf_effopt.base import Optimizer
 from tf_effopt.hyperparameters import DecayRate, Positive
-from tf_effopt.rules import Slots
+from tf_effopt.rules import ModelRule, Slots
 
 # Of one coefficient of `bend`'s power series, B_2k / (2k)!, to the next.
 BERNOULLI_RATIOS = (
@@ -25,7 +25,23 @@ BERNOULLI_RATIOS = (
 )
 
 
-def radam_rule(g, slots, *, t, learning_rate, beta_1, beta_2, epsilon):
+def radam_rectification(sums, slots, *, t, beta_2):
+    """Returns the paper's `rho_t`, and `r_t`, or 0 for that if `rho_t` is below 5.
+
+    Args:
+        t: scalar, the number of this update, from 1.
+        beta_2: share of the second moment kept per update, in [0, 1).
+
+    Returns:
+        `(numbers, slots)`: `rho` and `r`, the same for all tensors; no slots.
+    """
+    rho_inf = 1 + 2 * beta_2 / (1 - beta_2)
+    rho = average_length(beta_2, t)
+    r = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
+    return {"rho": rho, "r": ops.sqrt(ops.where(rho >= 5, r, 0 * r))}, {}
+
+
+def radam_rule(g, slots, *, t, learning_rate, beta_1, beta_2, epsilon, rho, r):
     """Returns RAdam's change to one tensor, and its next moments.
 
     Args:
@@ -36,6 +52,7 @@ def radam_rule(g, slots, *, t, learning_rate, beta_1, beta_2, epsilon):
         learning_rate: scalar.
         beta_1, beta_2: share of `m` and of `v` kept per update, in [0, 1).
         epsilon: above 0, in the units of `g`.
+        rho, r: see `radam_rectification`.
 
     Returns:
         `(delta, slots)`: what to add to the weight, and the next slots.
@@ -44,11 +61,7 @@ def radam_rule(g, slots, *, t, learning_rate, beta_1, beta_2, epsilon):
     v = beta_2 * slots["v"] + (1 - beta_2) * ops.square(g)
     m_hat = m / (1 - beta_1**t)
     l = ops.sqrt(1 - beta_2**t) / (ops.sqrt(v) + epsilon)
-    rho_inf = 1 + 2 * beta_2 / (1 - beta_2)
-    rho = average_length(beta_2, t)
-    r = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
-    rectified = ops.sqrt(ops.where(rho >= 5, r, 0 * r)) * l
-    step = m_hat * ops.where(rho >= 5, rectified, 1 + 0 * l)
+    step = m_hat * ops.where(rho >= 5, r * l, 1 + 0 * l)
     return -learning_rate * step, {"m": m, "v": v}
 
 
@@ -113,6 +126,7 @@ class RAdam(Optimizer):
 
     rule = staticmethod(radam_rule)
     slots = Slots(m="momentum", v="velocity")
+    model_rule = ModelRule(radam_rectification)
     beta_1 = DecayRate()
     beta_2 = DecayRate()
     epsilon = Positive()

@@ -180,7 +180,7 @@ def _alias(module: Any, overwritten: int) -> None:
     if not overwritten:
         return
     pairs = [
-        f"{{alias = {{kind = \"may_alias\", parameter_index = array<i64>, "
+        f'{{alias = {{kind = "may_alias", parameter_index = array<i64>, '
         f"parameter_number = {i} : i64}}, output_index = array<i64: {i}>}}"
         for i in range(overwritten)
     ]
