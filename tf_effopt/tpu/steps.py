@@ -12,14 +12,16 @@ from tf_effopt.tpu import compiler, report
 from tf_effopt.tpu.replicas import ProgramStrategy
 from tf_effopt.tpu.report import Report
 
+SMALL = 0.1  # of weights and state: temporaries without a whole gradient among them
+
 
 def compile_update(
     make_model: Callable[[], keras.Model], topology: str = "v5e:2x2"
 ) -> Report:
     """Compiles one update of a model's optimizer for all devices of a TPU slice.
 
-    Gradients are summed over the devices within the program, and the sums take their
-    place in memory, as they do within a whole step of training.
+    Gradients are summed over the devices within the program. Where the sums don't fit
+    into vector memory they take the gradients' place, as within a step of training.
 
         def make_model():
             model = keras.applications.ResNet50(weights=None)
@@ -43,13 +45,20 @@ def compile_update(
     strategy, model = _made(make_model, topology)
     optimizer, weights = model.optimizer, model.trainable_variables
 
-    def update(*gradients: Any) -> list[Any]:
+    def update(*gradients: Any) -> None:
         optimizer.apply(list(gradients), weights)
+
+    def overwriting_update(*gradients: Any) -> list[Any]:
+        update(*gradients)
         return strategy.sums_of(gradients)
 
     specs = [tf.TensorSpec(v.shape, v.dtype) for v in weights]
     blank = _blank(f"update of {model.name}", optimizer, weights, topology, strategy)
-    return _compiled(blank, strategy, update, specs, overwrites=True)
+    found = _compiled(blank, strategy, update, specs)
+    if found.error is None and found.temporary_bytes < SMALL * found.state_bytes:
+        return found
+    other = _compiled(blank, strategy, overwriting_update, specs, overwrites=True)
+    return min(found, other, key=lambda r: (r.error is not None, r.temporary_bytes))
 
 
 def compile_train_step(
