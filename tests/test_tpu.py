@@ -242,6 +242,7 @@ def test_costs_are_read_off_the_program():
     # Read q; write s; and in the costlier branch read x and write y.
     assert (costs.hbm_bytes, costs.cycles) == (4 * ARRAY, 75)
     assert costs.collectives == {"all-reduce": [["f32"]]}
+    assert costs.summed_bytes == ARRAY
     assert not costs.has_float64
     assert costs.unknown_loops == 0
 

@@ -52,6 +52,7 @@ class Costs:
         cycles: sum of the compiler's estimates. It has none for scalar
             instructions, asynchronous copies and collectives.
         collectives: kind -> for each the dtypes that it carries.
+        summed_bytes: what all-reduces leave in HBM.
         unknown_loops: loops counted once, since XLA doesn't know their length.
         has_float64: whether any array is float64.
     """
@@ -59,6 +60,7 @@ class Costs:
     hbm_bytes: int
     cycles: int
     collectives: dict[str, list[list[str]]]
+    summed_bytes: int
     unknown_loops: int
     has_float64: bool
 
@@ -113,6 +115,7 @@ def costs(text: str) -> Costs:
     module = Module(text)
     total = module.traffic(module.entry)
     collectives: dict[str, list[list[str]]] = collections.defaultdict(list)
+    summed = 0
     for computation in module.computations.values():
         for instruction in computation.values():
             kind = instruction.opcode.removesuffix("-start")
@@ -120,10 +123,13 @@ def costs(text: str) -> Costs:
                 operands = _read(computation, instruction)
                 carried = {x.dtype for o in operands for x in o.results}
                 collectives[kind].append(sorted(carried))
+            if kind == "all-reduce":
+                summed += sum(x.bytes for x in instruction.results)
     return Costs(
         total.bytes,
         total.cycles,
         dict(sorted(collectives.items())),
+        summed,
         total.unknown_loops,
         has_float64=re.search(r"\bf64\[", text) is not None,
     )

@@ -32,6 +32,7 @@ class Report:
         cycles: the compiler's estimate of the computations, without copies and
             collectives. No time.
         all_reduces: for each the dtypes that it carries.
+        summed_bytes: of what they sum up, what isn't kept in vector memory.
         other_collectives: kind -> how many.
         unknown_loops: loops of unknown length, which count once.
         has_float64: whether float64, which a TPU emulates, is in the program.
@@ -51,6 +52,7 @@ class Report:
     hbm_bytes: int = 0
     cycles: int = 0
     all_reduces: list[list[str]] = dataclasses.field(default_factory=list)
+    summed_bytes: int = 0
     other_collectives: dict[str, int] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
     has_float64: bool = False
@@ -98,6 +100,7 @@ def filled_in(blank: Report, program: Compiled, not_state: int) -> Report:
         hbm_bytes=costs.hbm_bytes,
         cycles=costs.cycles,
         all_reduces=costs.collectives.get("all-reduce", []),
+        summed_bytes=costs.summed_bytes,
         other_collectives=others,
         unknown_loops=costs.unknown_loops,
         has_float64=costs.has_float64,
