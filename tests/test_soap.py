@@ -168,16 +168,18 @@ def test_frequency_may_change_while_training():
     assert program.run_function.experimental_get_tracing_count() == 1
 
 
-def test_a_tensor_whose_first_gradient_comes_late_trains():
+@pytest.mark.parametrize("frequency", [3, None])
+def test_a_tensor_whose_first_gradient_comes_late_trains_at_once(frequency):
     early, late = (keras.Variable(np.ones((3, 3), "float32")) for _ in range(2))
-    optimizer = tf_effopt.SOAP(precondition_frequency=3, weight_decay=0.0)
+    optimizer = tf_effopt.SOAP(precondition_frequency=frequency, weight_decay=0.0)
     optimizer.build([early, late])
-    for t, g in enumerate(gradients((3, 3), 20)):
+    for t, g in enumerate(gradients((3, 3), 6)):
+        before = late.numpy()
         g = ops.convert_to_tensor(g + 1)
-        optimizer.apply([g, g if t > 4 else None], [early, late])
-    for w in (early, late):
-        assert np.all(np.isfinite(w.numpy()))
-        assert np.mean(w.numpy()) < 0.99
+        optimizer.apply([g, g if t >= 4 else None], [early, late])
+        assert np.all(late.numpy() != before) == (t >= 4)
+    assert np.all(np.isfinite(late.numpy()))
+    assert max(np.mean(early.numpy()), np.mean(late.numpy())) < 1
 
 
 def test_equal_shapes_are_factorized_together():

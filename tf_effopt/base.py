@@ -368,7 +368,9 @@ class Optimizer(keras.optimizers.Optimizer):
             shape if slot.shape is None else slot.shape(shape),
             slot.starts_at_weight,
             # Not by `Constant`, which goes through float32.
-            functools.partial(_filled, slot.start),
+            slot.start
+            if callable(slot.start)
+            else functools.partial(_filled, slot.start),
         )
 
     def add_variable_from_reference(

@@ -22,13 +22,14 @@ class Slot:
         shape: None for the weight's shape, or a function from that shape to
             the slot's.
         starts_at_weight: whether it starts as a copy of the weight.
-        start: the number at which it starts otherwise.
+        start: the number at which it starts otherwise, or one of Keras's
+            initializers.
     """
 
     name: str
     shape: Callable[[Shape], Shape] | None = None
     starts_at_weight: bool = False
-    start: float = 0.0
+    start: float | Callable = 0.0
 
 
 class Slots(dict[str, str | Slot]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 
+import keras
 from keras import ops
 
 from tf_effopt.base import Optimizer
@@ -62,9 +63,8 @@ def soap_rule(
     """
     beta = beta_2 if shampoo_beta is None else shampoo_beta
     Q = [slots[f"Q{k}"] if k in axes else None for k in range(len(g.shape))]
-    # The first gradient only makes the bases; Adam counts from the second.
-    started = ops.any(Q[axes[0]] != 0) if axes else t > 1
-    one = ops.where(started, 1 + 0 * t, 0 * t)
+    # The first update only makes the bases; Adam counts from the second.
+    one = ops.where(t > 1, 1 + 0 * t, 0 * t)
     n = ops.maximum(t - 1, 1 + 0 * t)
     m = beta_1 * slots["m"] + (1 - beta_1) * one * g
     v = beta_2 * slots["v"] + (1 - beta_2) * squares(rotated(one * g, Q), axes)
@@ -232,5 +232,9 @@ def part_of(axes):
     slots = Slots(m="momentum", v="velocity")
     for k in axes:
         slots[f"L{k}"] = Slot(f"statistics_{k}", lambda shape, k=k: (shape[k],) * 2)
-        slots[f"Q{k}"] = Slot(f"basis_{k}", lambda shape, k=k: (shape[k],) * 2)
+        slots[f"Q{k}"] = Slot(
+            f"basis_{k}",
+            lambda shape, k=k: (shape[k],) * 2,
+            start=keras.initializers.Identity(),
+        )
     return Part(soap_rule, slots, {"axes": axes}, name="soap" if axes else "adam")
