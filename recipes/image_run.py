@@ -54,6 +54,26 @@ class Devices:
     def several_workers(self) -> bool:
         return self.strategy.extended._in_multi_worker_mode()
 
+    def agree_on(self, number: int) -> bool:
+        """Whether all workers have this same number, below a million."""
+        if not self.several_workers:
+            return True
+
+        x = [number, number**2]
+        each = self.strategy.experimental_distribute_values_from_function(
+            lambda _: tf.constant(x, tf.float64)
+        )
+
+        @tf.function
+        def sums() -> tf.Tensor:
+            in_replica = tf.distribute.get_replica_context
+            return self.strategy.run(
+                lambda mine: in_replica().all_reduce("SUM", mine), args=(each,)
+            )
+
+        total, squares = self.strategy.experimental_local_results(sums())[0].numpy()
+        return total**2 == squares * self.replicas
+
 
 @dataclasses.dataclass
 class Progress:
@@ -127,6 +147,13 @@ class Run:
 
     def restore(self, model: keras.Model) -> None:
         """Takes up what the checkpoint holds, if there is one."""
+        if not self.devices.agree_on(checkpoint.fingerprint(self.checkpoint)):
+            raise checkpoint.CheckpointError(
+                f"The workers don't find the same checkpoint in {self.folder}: "
+                "--output-dir must be one folder that all of them share, such as a "
+                "network disk. Received: --output-dir on this worker with "
+                f"{self.checkpoint.name if self.checkpoint.exists() else 'none'}."
+            )
         saved = checkpoint.read(self.checkpoint)
         if saved is None:
             return

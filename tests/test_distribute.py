@@ -26,7 +26,13 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKERS = ROOT / "tests" / "workers.py"
 TIME_LIMIT = 1200  # seconds for all cases of a group
 NAMES = [case.__name__ for case in CASES]
-FEW = ["accumulation", "an_empty_replica_in_a_loop", "prediction", "infinite"]
+FEW = [
+    "accumulation",
+    "even_batches",
+    "an_empty_replica_in_a_loop",
+    "prediction",
+    "infinite",
+]
 # Of a model with several outputs Keras takes the mean over batches, not examples, of
 # each one's loss, here over batches and replicas.
 PER_REPLICA = ("logs/a_loss", "logs/b_loss")
@@ -177,7 +183,10 @@ assert make().num_replicas_in_sync == 1
     ("call", "said"),
     [
         ("'two'", "`name` must be one of 'auto', 'none'.*Received: name='two'"),
-        ("'mirrored', replicas=0", "must be at least 1. Received: 0"),
+        (
+            "'mirrored', replicas=0",
+            "must be an integer of at least 1. Received: replicas=0",
+        ),
         ("'none', replicas=2", "`replicas` is for 'mirrored'.*replicas=2"),
         ("'mirrored'", r"No GPU is visible.*replicas=2.*tf_effopt\[gpu\]"),
         ("'multi_worker'", "TF_CONFIG, such as .*launch --workers 2.*TF_CONFIG=''"),
@@ -207,6 +216,54 @@ tf_effopt.distribute.strategy({name!r}{options})
     process = python(code, CUDA_VISIBLE_DEVICES="-1", TF_CONFIG=json.dumps(config))
     assert process.returncode == 1
     assert "TensorFlow has started already" in process.stderr
+
+
+IN_A_PROCESS = """
+import keras, tf_effopt
+strategy = tf_effopt.distribute.strategy("mirrored", replicas=2)
+metric = keras.metrics.MeanAbsoluteError(name="outside")
+with strategy.scope():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", metrics=[metric])
+tf_effopt.distribute.prepare(model)
+x = keras.ops.ones((4, 3))
+model.fit(x, x[:, :1], verbose=0)
+"""
+
+
+def test_a_metric_made_outside_of_the_scope_is_refused():
+    command = [sys.executable, "-c", IN_A_PROCESS]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "The metric 'outside' was made outside of `with strategy" in done.stderr
+
+
+CONFIG = {
+    "cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]},
+    "task": {"type": "worker", "index": 0},
+}
+
+
+def test_a_model_of_one_worker_among_several_is_warned_of(monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", json.dumps(CONFIG))
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match="TF_CONFIG names 2 workers, but"):
+        tf_effopt.distribute.prepare(model)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", json.dumps(CONFIG | {"task": {"type": "worker", "index": -1}})],
+    ids=["no json", "negative index"],
+)
+@pytest.mark.parametrize("name", ["auto", "multi_worker"])
+def test_a_wrong_tf_config_is_refused(monkeypatch, name, text):
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(RuntimeError, match="Received: TF_CONFIG="):
+        tf_effopt.distribute.strategy(name)
 
 
 def test_prepare_changes_nothing_on_one_device():
@@ -254,6 +311,45 @@ def test_each_worker_has_its_own_place_in_tf_config(script):
     addresses = {line[12:] for line in lines}
     assert len(addresses) == 1
     assert len(set(addresses.pop().split())) == 3
+
+
+def test_workers_get_their_gpus_of_those_that_are_visible(script, monkeypatch):
+    path = script("import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
+    options = "--workers", "2", "--gpus-per-worker", "2"
+    for visible, expected in (("7,5,3,1", ["7,5", "3,1"]), (None, ["0,1", "2,3"])):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        out, _ = launch_script(path, *options).communicate(timeout=60)
+        lines = sorted(line for line in out.splitlines() if line.startswith("[worker"))
+        assert [line.split()[-1] for line in lines] == expected
+
+
+RECIPE = """
+import json, os, sys
+from recipes import image_classification
+index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+options = ["--strategy", "multi_worker", "--model", "mlp", "--epochs", "1"]
+sys.exit(image_classification.main([*options, "--output-dir", f"{sys.argv[1]}/{index}"]))
+"""
+
+
+@pytest.mark.slow
+def test_the_recipe_refuses_workers_with_other_checkpoints(script, tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "checkpoint.npz").write_bytes(b"of the first worker")
+    command = [sys.executable, "-m", "tf_effopt.distribute.launch", "--workers", "2"]
+    done = subprocess.run(
+        [*command, script(RECIPE), str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2, done.stdout
+    assert "--output-dir must be one folder that all of them share" in done.stdout
 
 
 def test_a_worker_that_fails_ends_the_others(script):

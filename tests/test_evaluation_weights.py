@@ -241,3 +241,39 @@ def test_callback_looks_inside_a_loss_scale_optimizer():
     model = cases.compiled_model(tf_effopt.LossScaleOptimizer(inner))
     fit(model, callbacks=[EvaluationWeights()])
     assert inner.is_evaluating
+
+
+# ------------------------------------------------------- what stays as it is
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_the_average_stays_where_it_is_when_beta_1_changes(evaluating):
+    model = compiled(beta_1=0.9)
+    cases.train(model, 3)
+    optimizer = model.optimizer
+    optimizer.use_evaluation_weights()
+    average = model.get_weights()
+    if not evaluating:
+        optimizer.use_training_weights()
+    optimizer.beta_1 = 0.2
+    assert optimizer.is_evaluating == evaluating
+    optimizer.use_evaluation_weights()
+    assert_near(model.get_weights(), average)
+
+
+def test_a_frozen_variable_isnt_moved_to_its_average():
+    frozen = tf_effopt.Group(["bias"], frozen=True)
+    model = compiled(groups=[frozen])
+    model.optimizer.build(model.trainable_variables)
+    cases.train(model, 2)
+    (bias, *_) = [v for v in model.trainable_variables if "bias" in v.path]
+    bias.assign(np.full(bias.shape, 7.0))
+    model.optimizer.use_evaluation_weights()
+    assert np.all(bias.numpy() == 7.0)
+
+
+def test_the_weights_after_fit_are_the_average_also_with_use_ema():
+    plain, averaged = compiled(), compiled(use_ema=True)
+    for model in (plain, averaged):
+        fit(model, epochs=2, callbacks=[EvaluationWeights()])
+    assert_identical(averaged.get_weights(), plain.get_weights())

@@ -153,7 +153,9 @@ def test_a_kernel_used_inside_and_as_head_is_a_head():
 
 
 def test_a_backbone_has_no_head_and_says_so():
-    with pytest.warns(UserWarning, match="No output layer is seen in 'transformer'"):
+    with pytest.warns(
+        UserWarning, match="No output layer is seen behind dropout.* in 'transformer'"
+    ):
         roles = tf_effopt.roles(transformer(head=False))
     assert roles.paths("hidden") == HIDDEN
 
@@ -184,7 +186,7 @@ def matrices(optimizer: tf_effopt.Muon, model: keras.Model) -> dict[str, np.ndar
     """What the rule would see of numbered weights, by path; without AdamW's."""
     seen = {}
     for v in model.trainable_variables:
-        view = optimizer.matrices(v.path, tuple(v.shape))
+        view = optimizer.part(v.path, tuple(v.shape)).matrices
         if view is not None:
             seen[v.path] = np.array(
                 View(tuple(v.shape), view).to_matrices(numbered(v.shape))
@@ -468,10 +470,113 @@ def test_state_of_another_kind_isnt_taken_for_keras():
         ours.load_own_variables(store)
 
 
+# -------------------------------------------------------- layers of one's own
+
+
+def test_layers_of_two_models_with_one_path_keep_their_roles(tmp_path):
+    inner = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8, name="dense")])
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(8, name="dense"), inner]
+    )
+    optimizer = tf_effopt.Muon(0.01, roles=tf_effopt.roles(model))
+    compiled_model(optimizer, model)
+    optimizer.build(model.trainable_variables)
+    rules = [variable.part for variable in optimizer._engine.variables]
+    assert rules == ["muon", "adamw", "adamw", "adamw"]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert len({v.path for v in loaded.trainable_variables}) == 2
+    again = [variable.part for variable in loaded.optimizer._engine.variables]
+    assert again == rules
+
+
+class LSTMCell(keras.layers.Layer):
+    """Named as Keras's, with other weights."""
+
+    def build(self, shape):
+        self.mixing = self.add_weight(shape=(shape[-1], 6), name="mixing")
+
+    def call(self, x):
+        return x @ self.mixing
+
+
+class NoisyDense(keras.layers.Dense):
+    def build(self, shape):
+        self.mean = self.add_weight(shape=(shape[-1], self.units), name="mean")
+        self.built = True
+
+    def call(self, x):
+        return x @ self.mean
+
+
+class WithSpare(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.used, self.spare = keras.layers.Dense(4), keras.layers.Dense(4)
+
+    def call(self, x):
+        return self.used(x)
+
+
+def test_what_a_layer_of_ones_own_lacks_has_no_role():
+    model = keras.Sequential(
+        [keras.Input((5,)), LSTMCell(), NoisyDense(6), keras.layers.Dense(2)]
+    )
+    kinds = {p: k for k in ("hidden", "head") for p in tf_effopt.roles(model).paths(k)}
+    names = {path.split("/", 1)[1]: kind for path, kind in kinds.items()}
+    assert list(names.values()) == ["hidden", "hidden", "head"]
+    spared = WithSpare()
+    spared(np.ones((1, 3)))
+    with pytest.warns(UserWarning, match="No output layer is seen"):
+        assert len(tf_effopt.roles(spared).paths("hidden")) == 1
+
+
+def test_slopes_of_activations_are_no_matrices():
+    layers = [keras.Input((5, 6)), keras.layers.PReLU(name="p"), keras.layers.Dense(2)]
+    roles = tf_effopt.roles(keras.Sequential(layers))
+    assert roles.paths("hidden") == []
+
+
+def test_each_output_without_a_layer_is_named():
+    x = inputs = keras.Input((4,))
+    x = keras.layers.Dense(4, name="inner")(x)
+    seen = keras.layers.Dense(3, name="seen")(x)
+    total = keras.layers.Add(name="total")([x, keras.layers.Dense(4, name="deep")(x)])
+    with pytest.warns(UserWarning, match="No output layer is seen behind total in"):
+        roles = tf_effopt.roles(keras.Model(inputs, [seen, total]))
+    assert roles.paths("head") == ["seen/kernel"]
+    softmax = keras.Sequential([keras.Input((3,)), keras.layers.Softmax()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        roles = tf_effopt.roles(keras.Model(inputs, softmax(seen)))
+    assert roles.paths("head") == ["seen/kernel"]
+
+
+def test_training_goes_on_with_the_roles_of_a_grown_model():
+    model = small_model()
+    optimizer = tf_effopt.Muon(0.01, roles=tf_effopt.roles(model))
+    compiled_model(optimizer, model)
+    train(model, 2)
+    grown = keras.Sequential([model, keras.layers.Dense(3, name="grown")])
+    with pytest.raises(ValueError, match=r"`carry_over\(variables, roles=...\)`"):
+        optimizer.carry_over(grown.trainable_variables)
+    roles = tf_effopt.roles(grown)
+    later = optimizer.carry_over(grown.trainable_variables, roles=roles)
+    assert later.iterations.numpy() == 2
+    kept = [v for v in later.variables if "grown" not in v.path][2:]
+    assert any(np.any(v.numpy()) for v in kept)
+    assert later.roles == roles
+
+
 # -------------------------------------------------------------------- errors
 
 
 def test_errors_of_roles():
+    with pytest.raises(ValueError, match="needs a Keras model whose weights exist"):
+        tf_effopt.roles([small_model()])
+    for override in (["first"], {"(": "head"}, {3: "head"}):
+        with pytest.raises(ValueError, match="Received: "):
+            tf_effopt.roles(small_model(), override)
     with pytest.raises(ValueError, match="isn't built"):
         tf_effopt.roles(keras.Sequential([keras.layers.Dense(2)]))
     model = small_model()

@@ -319,6 +319,37 @@ def test_decay_exclusion_survives_copies():
         assert undecayed(model) == [1]
 
 
+def test_state_that_waits_for_the_build_isnt_lost(tmp_path):
+    trained = cases.compiled_model(tf_effopt.Adam(0.01))
+    cases.train(trained, 2)
+    trained.save_weights(tmp_path / "trained.weights.h5")
+
+    def waiting():
+        model = cases.compiled_model(tf_effopt.Adam(0.01))
+        model.load_weights(tmp_path / "trained.weights.h5")
+        assert not model.optimizer.built
+        return model
+
+    model = waiting()
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    saved = cases.compiled_model(tf_effopt.Adam(0.01))
+    saved.load_weights(tmp_path / "model.weights.h5")
+    variables = model.trainable_variables
+    found = [
+        keras.models.load_model(tmp_path / "model.keras").optimizer,
+        saved.optimizer,
+        waiting().optimizer.carry_over(variables),
+        copy.deepcopy(waiting().optimizer),
+    ]
+    for optimizer in found:
+        optimizer.build(optimizer._trainable_variables or variables)
+        for mine, theirs in zip(
+            optimizer.variables, trained.optimizer.variables, strict=True
+        ):
+            np.testing.assert_array_equal(mine.numpy(), theirs.numpy())
+
+
 # ---------------------------------------------------- Keras's state, in ours
 
 

@@ -183,6 +183,34 @@ def means_by_sample_weight(case):
     case.fit(lambda: tf_effopt.SGD(0.05), loss=loss, sample_weight=WEIGHTS)
 
 
+def no_reduction(case):
+    loss = keras.losses.MeanSquaredError(reduction="none")
+    case.fit(lambda: tf_effopt.SGD(0.002), loss=loss)
+
+
+def even_batches(case):
+    """Replicas have equal numbers of examples, but not equal weights and masks."""
+    even = slice(0, 3 * BATCH)
+    by_weight = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
+    case.fit(
+        lambda: tf_effopt.SGD(0.05),
+        x=X[even],
+        y=Y[even],
+        loss=by_weight,
+        sample_weight=WEIGHTS[even],
+    )
+    weights = {f"weighted/{k}": x for k, x in case.found.items()}
+    y = np.repeat(Y[even, None], 3, axis=1)
+    make_model = lambda: table_model(mask=True)
+    case.fit(lambda: tf_effopt.SGD(0.05), make_model, x=IDS[even], y=y)
+    case.found |= {k: x for k, x in weights.items() if k != "weighted/replicas"}
+
+
+def eagerly(case):
+    options = {"run_eagerly": True, "metrics": ["mae"]}
+    case.fit(adam, x=X[:ONE_MORE], y=Y[:ONE_MORE], compile_options=options)
+
+
 def sums(case):
     loss = keras.losses.MeanSquaredError(reduction="sum")
     case.fit(lambda: tf_effopt.SGD(0.002), loss=loss)
@@ -371,6 +399,9 @@ CASES = [
     class_weights,
     sample_weights,
     means_by_sample_weight,
+    no_reduction,
+    even_batches,
+    eagerly,
     sums,
     scalar_loss,
     regularizer,

@@ -278,15 +278,12 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def _build_state(self, variables: list[Any]) -> list[dict | None]:
         """Makes the slots; returns each variable's state (see `Engine`)."""
+        parts = self.parts([(path_of(v), tuple(v.shape)) for v in variables])
         state: list[dict | None] = [
             None
             if self._overwrite_variable_with_gradient(v)
-            else {
-                "weight": v,
-                "slots": {},
-                "part": self.part(path_of(v), tuple(v.shape)),
-            }
-            for v in variables
+            else {"weight": v, "slots": {}, "part": part}
+            for v, part in zip(variables, parts, strict=True)
         ]
         self._slots_start = len(self.variables)
         parts = [None if tensors is None else tensors["part"] for tensors in state]
@@ -358,6 +355,13 @@ class Optimizer(keras.optimizers.Optimizer):
         if self._part is None:
             self._part = Part(self.rule, self.slots)
         return self._part
+
+    def parts(self, variables: list[tuple[str, tuple[int, ...]]]) -> list[Part]:
+        """The `part` of each variable, given the path and shape of all of them.
+
+        Override it where one can't be told from another by its path alone.
+        """
+        return [self.part(path, shape) for path, shape in variables]
 
     def _add_slot(self, weight: Any, slot: Slot) -> Any:
         shape = tuple(weight.shape)
@@ -515,7 +519,10 @@ class Optimizer(keras.optimizers.Optimizer):
         )
 
     def carry_over(
-        self, variables: list[Any], groups: list[Group] | None = None
+        self,
+        variables: list[Any],
+        groups: list[Group] | None = None,
+        **settings: Any,
     ) -> Optimizer:
         """Returns this optimizer for other variables, with the state it has.
 
@@ -525,11 +532,13 @@ class Optimizer(keras.optimizers.Optimizer):
         Args:
             variables: those that the new optimizer is to train.
             groups: None for this one's groups, or others, as in the constructor.
+            **settings: arguments of the constructor that are to be others, such as
+                `roles=tf_effopt.roles(model)` after a layer was added.
 
         Returns:
             An optimizer with this one's settings, built on `variables`.
         """
-        other = self._unbuilt_copy(groups=groups)
+        other = self._unbuilt_copy(groups=groups, settings=settings)
         other.build(variables)
         if not self.built:
             return other
@@ -537,12 +546,15 @@ class Optimizer(keras.optimizers.Optimizer):
             index = self._trainable_variables_indices.get(self._var_key(variable))
             if index is None or self._engine.state[index] is None:
                 continue
-            _copy_state(self._engine.state[index], other._engine.state[i])
+            if self._engine.variables[index].part == other._engine.variables[i].part:
+                _copy_state(self._engine.state[index], other._engine.state[i])
         _copy_state(self._engine.model_state, other._engine.model_state)
         other._iterations.assign(keras.ops.copy(self._iterations.value))
         return other
 
-    def _unbuilt_copy(self, groups: Any = None, memo: dict | None = None) -> Optimizer:
+    def _unbuilt_copy(
+        self, groups: Any = None, memo: dict | None = None, settings: dict | None = None
+    ) -> Optimizer:
         config, memo = self.get_config(), memo or {}
         config.pop(EXCLUSIONS, None)
         if not isinstance(self._learning_rate, keras.Variable):
@@ -551,11 +563,13 @@ class Optimizer(keras.optimizers.Optimizer):
         if groups is None:
             groups = [group.copy(memo) for group in self.groups]
         config["groups"] = groups
+        config |= settings or {}
         with self._engine.building():  # under this one's strategy
             other = type(self)(**config)
         other._decay_exclusions = self._decay_exclusions.copy(memo)
         other._engine.divides_matrices = self._engine.divides_matrices
         other._engine.gradient_dtype = self._engine.gradient_dtype
+        other._state_to_load = self._state_to_load
         return other
 
     def __deepcopy__(self, memo: dict) -> Optimizer:
@@ -599,7 +613,8 @@ class Optimizer(keras.optimizers.Optimizer):
         Args:
             var_list: the model's trainable variables; others stay as they are.
         """
-        if self.use_ema and self.built:
+        # Weights for evaluation are an average already.
+        if self.use_ema and self.built and self.evaluation is None:
             indices = [
                 self._trainable_variables_indices[self._var_key(v)]
                 for v in var_list
@@ -618,7 +633,7 @@ class Optimizer(keras.optimizers.Optimizer):
         if skipped > self._skipped_before:
             warnings.warn(
                 f"{self.name}: {skipped - self._skipped_before} steps had a gradient "
-                "whose sum or norm, or a learning rate that wasn't finite, and "
+                "whose norm, or a learning rate that wasn't finite, and "
                 "changed nothing. If it isn't for loss scaling that finds its scale, "
                 "look for a division by zero or a too high learning rate.",
                 stacklevel=2,
@@ -667,7 +682,8 @@ class Optimizer(keras.optimizers.Optimizer):
         Args:
             var_list: variables, or paths of variables.
             var_names: regular expressions; a variable is taken out whose path
-                has a match anywhere: `["bias", "norm"]`.
+                has a match anywhere: `["bias", "norm"]`. Leave a `Sequential`'s
+                own name out: `load_model` takes it off the paths.
 
         Raises:
             ValueError: the optimizer is built already.
@@ -727,6 +743,14 @@ class Optimizer(keras.optimizers.Optimizer):
             optimizer._decay_exclusions = Selection.of(exclusions)
         return optimizer
 
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the state, also one that was loaded and waits for `build`."""
+        if self._state_to_load is None:
+            super().save_own_variables(store)
+            return
+        for i, value in enumerate(self._state_to_load):
+            store[str(i)] = value
+
     def load_own_variables(self, store: Any) -> None:
         """Loads the state that this class, or Keras's own of its name, saved.
 
@@ -783,7 +807,9 @@ def _filled(value: float, shape: tuple[int, ...], dtype: str) -> Any:
 
 def _copy_state(source: dict, target: dict) -> None:
     for name, variable in target.items():
+        if name not in source or name == "weight":
+            continue
         if isinstance(variable, dict):
             _copy_state(source[name], variable)
-        elif name != "weight":
+        else:
             variable.assign(keras.ops.copy(source[name].value))

@@ -63,8 +63,8 @@ class Hyperparameter:
         if hasattr(optimizer, "advice_on_change"):
             return optimizer.advice_on_change(self.name, value)
         return (
-            f"Make a new optimizer with {self.name}={value!r}; "
-            "`carry_over(variables)` shows how to keep the state."
+            f"`optimizer.carry_over(variables, {self.name}=...)` makes an optimizer "
+            "with another one, and keeps the state of what it trains as before."
         )
 
     def check(self, value: Any) -> Any:
@@ -303,7 +303,7 @@ class Choice(Hyperparameter):
         return "one of " + ", ".join(repr(choice) for choice in self.choices)
 
     def check(self, value: Any) -> str:
-        if value not in self.choices:
+        if not isinstance(value, str) or value not in self.choices:
             raise self.error(value)
         return value
 

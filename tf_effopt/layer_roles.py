@@ -6,11 +6,12 @@ with Keras's names for its variables.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -74,26 +75,46 @@ class Roles:
         self._entries = [_from_config(entry) for entry in entries]
 
     def role(self, path: str, shape: tuple[int, ...]) -> Role:
-        """The role of a variable.
+        """The role of a variable; see `of`."""
+        (role,) = self.of([(path, shape)])
+        return role
+
+    def of(self, variables: Sequence[tuple[str, tuple[int, ...]]]) -> list[Role]:
+        """The roles of variables, by their paths and shapes.
+
+        `load_model` takes the names of a `Sequential` off its variables, and layers
+        of two models may then have one path: these are told apart by their order.
 
         Raises:
             ValueError: the model had no such variable.
         """
-        of_shape = [(p, role) for p, s, role in self._entries if s == tuple(shape)]
-        found = [role for p, role in of_shape if p == path]
-        # `load_model` takes the names of a `Sequential` off its variables.
-        found = found or [
-            role for p, role in of_shape if p in ends(path) or path in ends(p)
-        ]
+        places = [self._places(path, tuple(shape)) for path, shape in variables]
+        alike = collections.Counter(places)
+        seen: collections.Counter = collections.Counter()
+        found = []
+        for candidates in places:
+            known = [self._entries[i][2] for i in candidates]
+            if alike[candidates] == len(candidates):
+                found.append(known[seen[candidates]])
+            else:  # Some aren't trained: none is taken for what it may not be.
+                found.append(min(known, key=lambda role: role.kind == HIDDEN))
+            seen[candidates] += 1
+        return found
+
+    def _places(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The entries that a variable may be."""
+        of_shape = [(i, p) for i, (p, s, _) in enumerate(self._entries) if s == shape]
+        found = [i for i, p in of_shape if p == path]
+        found = found or [i for i, p in of_shape if p in ends(path) or path in ends(p)]
         if not found:
             near = nearest_paths(path, [p for p, _, _ in self._entries])
             raise ValueError(
-                f"`roles` has no variable {path!r} of shape {tuple(shape)}; the "
-                f"nearest paths are {', '.join(near)}. It was read from another model, or before a layer was "
-                "added or renamed: call `tf_effopt.roles(model)` again."
+                f"`roles` has no variable {path!r} of shape {shape}; the nearest paths "
+                f"are {', '.join(near)}. It was read from another model, or before a "
+                "layer was added or renamed: call `tf_effopt.roles(model)` again; an "
+                "optimizer's `carry_over(variables, roles=...)` takes it."
             )
-        # Of two with the same path, neither is taken for what it may not be.
-        return min(found, key=lambda role: role.kind == HIDDEN)
+        return tuple(found)
 
     def paths(self, kind: str) -> list[str]:
         """The paths of the variables of one kind."""
@@ -116,6 +137,9 @@ class Roles:
 
     def __hash__(self) -> int:
         return hash(tuple(self._entries))
+
+    def __repr__(self) -> str:
+        return f"<roles of {len(self._entries)} variables>"
 
     def __str__(self) -> str:
         width = max((len(path) for path, _, _ in self._entries), default=0)
@@ -174,19 +198,27 @@ def roles(model: keras.Model, override: Mapping[str, str] | None = None) -> Role
     small/logits/kernel  head       (4, 2)
     small/logits/bias    other      (2,)
     """
-    if not model.built or not model.weights:
+    if not getattr(model, "built", False) or not model.weights:
         raise ValueError(
-            "`tf_effopt.roles` needs a model whose weights exist. Received: "
-            f"{model.name!r}, which isn't built. Call it on a batch first, or "
-            "`model.build(input_shape)`."
+            "`tf_effopt.roles` needs a Keras model whose weights exist. Received: "
+            f"{model!r}. If it isn't built, call it on a batch first."
         )
+    try:
+        override = dict(override or {})
+    except (TypeError, ValueError):
+        raise ValueError(
+            "`override` must be a dict of patterns and roles, such as "
+            f"{{'logits': 'head'}}. Received: override={override!r}"
+        ) from None
     found: dict[int, Role] = {}
     for layer in sublayers(model):
         for variable, role in _roles_of(layer):
             # A weight that several layers share is what its strictest use is.
             found[id(variable)] = _stricter(found.get(id(variable)), role)
     heads = list(_heads(model))
-    for variable in heads:
+    for _, variable in heads:
+        if variable is None:
+            continue
         head = dataclasses.replace(found[id(variable)], kind=HEAD)
         found[id(variable)] = _stricter(found[id(variable)], head)
     entries = []
@@ -195,11 +227,13 @@ def roles(model: keras.Model, override: Mapping[str, str] | None = None) -> Role
         entries.append(
             (path, shape, found.get(id(variable)) or role_by_path(path, shape))
         )
-    entries, has_head = _overridden(entries, override or {})
-    if not heads and not has_head:
+    entries, has_head = _overridden(entries, override)
+    unseen = [name for name, variable in heads if variable is None]
+    if (unseen or not heads) and not has_head:
+        behind = f" behind {', '.join(unseen)}" if heads else ""
         warnings.warn(
-            f"No output layer is seen in {model.name!r}. If it has one, name its "
-            'kernel: `tf_effopt.roles(model, {"path/of/the/kernel": "head"})`.',
+            f"No output layer is seen{behind} in {model.name!r}. If it has one, name "
+            'its kernel: `tf_effopt.roles(model, {"path/of/the/kernel": "head"})`.',
             stacklevel=2,
         )
     return Roles(entries)
@@ -215,6 +249,13 @@ def _stricter(one: Role | None, other: Role) -> Role:
 def _overridden(entries: list, override: Mapping[str, str]) -> tuple[list, bool]:
     """The entries with the roles that the user names; whether one is a head."""
     for pattern, kind in override.items():
+        try:
+            re.compile(pattern)
+        except (TypeError, re.error) as error:
+            raise ValueError(
+                f"A pattern must be a regular expression on paths. Received: "
+                f"{pattern!r}: {error}"
+            ) from None
         if kind not in KINDS:
             raise ValueError(
                 f"A role must be one of {', '.join(map(repr, KINDS))}. Received: "
@@ -246,29 +287,47 @@ def _overridden(entries: list, override: Mapping[str, str]) -> tuple[list, bool]
 
 
 def _roles_of(layer: Any) -> Iterator[tuple[Any, Role]]:
-    """The weights of a layer of Keras that are known by their role."""
+    """The weights of a layer of Keras that are known by their role.
+
+    A layer of the user's own may bear the name of one of Keras's, or lack its
+    weights: what isn't there has no role here.
+    """
+    mine = {id(v) for v in layer.weights}
+    for name, role_of in _known_weights(layer):
+        variable = getattr(layer, name, None)
+        if id(variable) in mine:
+            yield variable, role_of(variable.shape)
+
+
+def _known_weights(layer: Any) -> Iterator[tuple[str, Callable[[Any], Role]]]:
+    """Attributes of a layer, each with the role of a weight of some shape there."""
     if isinstance(layer, keras.layers.Embedding):
-        yield layer.embeddings, Role(EMBEDDING, _last_axis_out(layer.embeddings.shape))
-        if getattr(layer, "reverse_embeddings", None) is not None:
-            yield layer.reverse_embeddings, Role(HEAD)
+        yield "_embeddings", lambda shape: Role(EMBEDDING, _last_axis_out(shape))
+        yield "reverse_embeddings", lambda shape: Role(HEAD)
     elif isinstance(layer, keras.layers.EinsumDense):
-        yield layer._kernel, _einsum(layer.equation)
+        yield "_kernel", lambda shape: _einsum(layer.equation)
     elif isinstance(layer, keras.layers.Dense):
-        yield layer._kernel, _last_axis_role(layer._kernel.shape)
+        yield "_kernel", _last_axis_role
     elif isinstance(layer, TRANSPOSED):
-        yield layer.kernel, _transposed(layer.kernel.shape)
+        yield "_kernel", _transposed
     elif isinstance(layer, DEPTHWISE):
-        yield layer.kernel, Role(OTHER)
+        yield "kernel", lambda shape: Role(OTHER)
     elif isinstance(layer, SEPARABLE):
-        yield layer.depthwise_kernel, Role(OTHER)
-        yield layer.pointwise_kernel, _last_axis_role(layer.pointwise_kernel.shape)
+        yield "depthwise_kernel", lambda shape: Role(OTHER)
+        yield "pointwise_kernel", _last_axis_role
     elif isinstance(layer, CONVOLUTIONS):
-        is_depthwise = layer.groups > 1 and layer._kernel.shape[-2] == 1
-        of_groups = _beside_each_other(layer._kernel.shape, layer.groups)
-        yield layer._kernel, Role(OTHER) if is_depthwise else of_groups
+        yield "_kernel", lambda shape: _convolution(shape, layer.groups)
+    elif isinstance(layer, keras.layers.PReLU):
+        yield "alpha", lambda shape: Role(OTHER)
     elif (gates := _gates_of(type(layer))) is not None:
-        for kernel in (layer.kernel, layer.recurrent_kernel):
-            yield kernel, _beside_each_other(kernel.shape, gates)
+        for name in ("kernel", "recurrent_kernel"):
+            yield name, lambda shape: _beside_each_other(shape, gates)
+
+
+def _convolution(shape: Any, groups: int) -> Role:
+    if groups > 1 and shape[-2] == 1:  # each filter sees one channel
+        return Role(OTHER)
+    return _beside_each_other(shape, groups)
 
 
 def _gates_of(cls: type) -> int | None:
@@ -320,27 +379,28 @@ def _einsum(equation: str) -> Role:
 # --------------------------------------------------------------- output layers
 
 
-def _heads(model: Any) -> Iterator[Any]:
-    """The kernels of output layers, as far as the graph of layers shows them."""
+def _heads(model: Any) -> Iterator[tuple[str, Any]]:
+    """Each output's name, and the kernel of its layer as far as the graph shows it."""
     for tensor in keras.tree.flatten(getattr(model, "outputs", None) or []):
+        name = own_history(tensor)[0].name
         layer = _behind_weightless(tensor)
         while isinstance(layer, keras.layers.Wrapper):
             layer = layer.layer
         if isinstance(layer, keras.Model):
             yield from _heads(layer)
         elif isinstance(layer, keras.layers.Embedding):
-            yield layer.embeddings  # tied, and so not trained as a head
-        elif layer is not None:
-            kernels = [v for v, role in _roles_of(layer) if role.kind == HIDDEN]
-            if len(kernels) == 1:
-                yield kernels[0]
+            yield name, layer._embeddings  # tied, and so not trained as a head
+        else:
+            roles = [] if layer is None else _roles_of(layer)
+            kernels = [v for v, role in roles if role.kind == HIDDEN]
+            yield name, kernels[0] if len(kernels) == 1 else None
 
 
 def _behind_weightless(tensor: Any) -> Any:
     """The operation with weights that a tensor comes from, through one path."""
     while True:
         operation, inputs = own_history(tensor)
-        if getattr(operation, "weights", None) or isinstance(operation, keras.Model):
+        if getattr(operation, "weights", None):
             return operation
         if len(inputs) != 1:
             return None
@@ -356,7 +416,8 @@ def role_by_path(path: str, shape: tuple[int, ...]) -> Role:
     layer = layers[-1] if layers else ""
     if "embedding" in path.lower():
         return Role(EMBEDDING, _last_axis_out(shape))
-    if len(shape) < 2 or re.search("bias|gamma|beta|scale|lora|depthwise", name):
+    known = "alpha|bias|gamma|beta|scale|lora|depthwise"
+    if len(shape) < 2 or re.search(known, name):
         return Role(OTHER)
     if "depthwise" in layer or math.prod(shape) == max(shape):
         return Role(OTHER)

@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras import tree
 
 from tf_effopt.distribute import hooks, shares
+from tf_effopt.distribute.strategies import named_workers
 
 
 def prepare(model: keras.Model) -> keras.Model:
@@ -27,7 +28,8 @@ def prepare(model: keras.Model) -> keras.Model:
     ...     model.compile(tf_effopt.Adam(), "mse")
     >>> model = tf_effopt.distribute.prepare(model)
 
-    On one device, and with Keras's other backends, nothing changes. With several replicas, on one host or several:
+    On one device, and with Keras's other backends, nothing changes. With several
+    replicas, on one host or several:
 
     - Each replica's loss counts by its number of examples, so that gradients and loss
       of a short last batch, of which a replica may have nothing, are those of one
@@ -35,9 +37,11 @@ def prepare(model: keras.Model) -> keras.Model:
       of the replicas' means.) A loss function that returns a scalar is taken for a
       mean over the examples; what layers add (`add_loss`, regularizers) counts by the
       share of examples. A `train_step` of your own gets this by calling
-      `self.compute_loss`. A batch of fixed size is not counted.
-    - Metrics are those of all examples. (Keras takes the mean of the replicas'
-      results, which is wrong for those that aren't means, such as `AUC`.)
+      `self.compute_loss`, which returns this replica's part of the loss: log it times
+      `strategy.num_replicas_in_sync`.
+    - Metrics are those of all examples, if their state adds up, as that of Keras's
+      does. (Keras takes the mean of the replicas' results, which is wrong for those
+      that aren't means, such as `AUC`.)
     - `fit` works with `MultiWorkerMirroredStrategy`, and the model is built from
       this process's part of a batch. (Keras 3.15 fails there, keras#20585.)
     - `steps_per_execution` works with collectives, by a private switch of
@@ -56,7 +60,8 @@ def prepare(model: keras.Model) -> keras.Model:
         `model` itself.
 
     Raises:
-        ValueError: the model isn't compiled.
+        ValueError: the model isn't compiled. Later, `fit` raises it for a metric that
+            was made outside of the scope.
     """
     if not model.compiled:
         raise ValueError(
@@ -67,6 +72,14 @@ def prepare(model: keras.Model) -> keras.Model:
         return model  # no strategy, then
     strategy = model.distribute_strategy
     if strategy.num_replicas_in_sync == 1:
+        workers = len(named_workers())
+        if workers > 1:
+            warnings.warn(
+                f"TF_CONFIG names {workers} workers, but {model.name!r} was made outside "
+                "of `with strategy.scope():` of a 'multi_worker' strategy: each worker "
+                "will train a model of its own.",
+                stacklevel=2,
+            )
         return model
     shares.install()
     adapter = _Adapter(model, strategy)
@@ -95,6 +108,19 @@ class _Adapter:
                 stacklevel=3,
             )
 
+    def _check_metrics(self) -> None:
+        for metric in tree.flatten(
+            [getattr(m, "metrics", m) for m in self.model.metrics]
+        ):
+            for v in metric.variables:
+                owner = getattr(v.value, "distribute_strategy", None)
+                if owner is not self.strategy:
+                    raise ValueError(
+                        f"The metric {metric.name!r} was made outside of "
+                        "`with strategy.scope():`, so that replicas can't add it up: "
+                        "make metrics, and call `compile`, inside."
+                    )
+
     def make_train_function(self, force: bool = False) -> None:
         model = self.model
         if model.train_function is None or force:
@@ -117,6 +143,7 @@ class _Adapter:
     def _make_function(self, step: Callable) -> Callable:
         """Keras's own function of a step that counts its examples."""
         self.turn_off_jit()  # `compile` may have been called again
+        self._check_metrics()
 
         @functools.wraps(step)
         def counted_step(data: Any) -> Any:

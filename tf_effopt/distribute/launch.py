@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -109,10 +110,12 @@ class _Workers:
             "task": {"type": "worker", "index": index},
         }
         first = index * self.gpus_per_worker
-        gpus = range(first, first + self.gpus_per_worker)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        known = visible if visible != [""] else map(str, itertools.count())
+        gpus = itertools.islice(known, first, first + self.gpus_per_worker)
         environment = os.environ | {
             "TF_CONFIG": json.dumps(config),
-            "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)) or "-1",
+            "CUDA_VISIBLE_DEVICES": ",".join(gpus) or "-1",
             "PYTHONUNBUFFERED": "1",
         }
         return subprocess.Popen(

@@ -36,11 +36,11 @@ def counted(batch: Any) -> Iterator[None]:
     Args:
         batch: a tensor of this replica's data, whose first dimension counts them.
     """
-    if batch.shape[0] is not None:  # a fixed size is the same on all replicas
-        yield
-        return
-    count = tf.cast(tf.shape(batch)[0], tf.float32)
-    _here.share = count / summed(count)
+    if batch.shape[0] is None or tf.executing_eagerly():
+        count = tf.cast(tf.shape(batch)[0], tf.float32)
+        _here.share = count / summed(count)
+    else:  # A size that a graph knows is the same on all replicas.
+        _here.share = tf.constant(1 / tf.distribute.get_strategy().num_replicas_in_sync)
     try:
         yield
     finally:
@@ -73,9 +73,14 @@ def scale_loss_for_distribution(kerass: Any, value: Any) -> Any:
 
 
 def unscale_loss_for_distribution(kerass: Any, value: Any) -> Any:
-    """The reverse: what Keras's `Mean` of the loss is fed, with the count."""
+    """The reverse: what Keras's `Mean` of the loss is fed, with the count.
+
+    Keras divides what wasn't scaled, too: examples' losses, without a reduction.
+    """
     if _here.share is None:
         return kerass(value)
+    if value.shape.rank:
+        return value
     return tf.math.divide_no_nan(value, tf.cast(_here.share, value.dtype))
 
 

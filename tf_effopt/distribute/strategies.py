@@ -57,8 +57,11 @@ def strategy(
             f"`name` must be one of {', '.join(map(repr, NAMES))}. "
             f"Received: name={name!r}"
         )
-    if replicas is not None and replicas < 1:
-        raise ValueError(f"`replicas` must be at least 1. Received: {replicas}")
+    if replicas is not None and not (isinstance(replicas, int) and replicas >= 1):
+        raise ValueError(
+            "`replicas` must be an integer of at least 1. Received: "
+            f"replicas={replicas!r}"
+        )
     if name == "auto":
         name = _found()
     if replicas is not None and name != "mirrored":
@@ -78,8 +81,9 @@ def strategy(
 def _found() -> str:
     if _has_tpu():
         return "tpu"
-    if len(_workers(os.environ.get("TF_CONFIG", "{}"))) > 1:
-        return "multi_worker"
+    text = os.environ.get("TF_CONFIG", "").strip()
+    if text not in ("", "{}") and len(named_workers()) != 1:
+        return "multi_worker"  # which says what is wrong with it, if anything is
     return "mirrored" if len(tf.config.list_physical_devices("GPU")) > 1 else "none"
 
 
@@ -132,7 +136,7 @@ def _multi_worker() -> tf.distribute.Strategy:
             "task": {"type": "worker", "index": 0},
         }
     )
-    if not _workers(text):
+    if not named_workers():
         raise RuntimeError(
             "'multi_worker' reads the workers' addresses, and which one this is, "
             f"out of the environment variable TF_CONFIG, such as {example}. To try "
@@ -150,13 +154,14 @@ def _multi_worker() -> tf.distribute.Strategy:
         ) from error
 
 
-def _workers(text: str) -> list[str]:
+def named_workers() -> list[str]:
     """The addresses in a TF_CONFIG that says which of them this is, or none."""
     try:
-        config = json.loads(text)
+        config = json.loads(os.environ.get("TF_CONFIG", ""))
         cluster, task = config["cluster"], config["task"]
+        of_kind, index = cluster[task["type"]], int(task["index"])
         workers = [*cluster.get("chief", ()), *cluster.get("worker", ())]
-        return workers if cluster[task["type"]][int(task["index"])] else []
+        return workers if 0 <= index < len(of_kind) else []
     except (ValueError, LookupError, TypeError, AttributeError):
         return []
 

@@ -158,7 +158,12 @@ class Engine:
 
     def switch(self, to_evaluation: bool) -> None:
         """Puts in place the weights to evaluate at, or those to train at."""
-        trained = [i for i, tensors in enumerate(self.state) if tensors is not None]
+        frozen = self.optimizer._frozen
+        trained = [
+            i
+            for i, tensors in enumerate(self.state)
+            if tensors is not None and i not in frozen
+        ]
         inputs = Inputs(
             self.plan,
             [self.variables[i] for i in trained],

@@ -46,11 +46,11 @@ def _elementwise(function: Callable, gradient: Any) -> Any:
 
 
 def measured_numbers(inputs: Inputs, gradients: list[Any]) -> list[Any]:
-    """Numbers that tell of all gradients, to be added up.
+    """Squared norms, to be added up, for clipping and for the finite check.
 
-    Squared norms where a stage clips by norms, else sums. Their sum is finite
-    only if the whole gradient is. There is one number for each gradient if
-    each is clipped by its own; else tensors of one shape share one.
+    Their sum is finite only if the whole gradient is, and what rules make of its
+    squares. There is one for each gradient if each is clipped by its own; else
+    tensors of one shape share one.
     """
     plan = inputs.plan
     seen = []
@@ -63,8 +63,7 @@ def measured_numbers(inputs: Inputs, gradients: list[Any]) -> list[Any]:
             g = g.unique
         seen.append(g)
     groups = [[g] for g in seen] if plan.clip == "clipnorm" else clipping.alike(seen)
-    measure = clipping.squared_norm if plan.needs_norms else clipping.total
-    return [measure(*group) for group in groups]
+    return [clipping.squared_norm(*group) for group in groups]
 
 
 def sum_of(numbers: list[Any], dtype: str) -> Any:

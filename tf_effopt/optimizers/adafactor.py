@@ -86,7 +86,7 @@ def adafactor_rule(
 
 def factored_axes(shape):
     """Returns the two largest axes, in order, or None if to factor saves nothing."""
-    if len(shape) < 2:
+    if len(shape) < 2 or 0 in shape:
         return None
     largest = sorted(range(len(shape)), key=lambda axis: (shape[axis], axis))[-2:]
     rows, columns = sorted(largest)
@@ -123,7 +123,8 @@ class Adafactor(Optimizer):
         epsilon_2: float above 0, the least root mean square of a weight.
         clip_threshold: float above 0, largest root mean square of a step.
         relative_step: bool, whether a learning rate that is a number is lowered
-            to `1 / sqrt(t)` where that is less. A schedule is taken as it is.
+            to `1 / sqrt(t)` where that is less. A schedule is taken as it is, if
+            it is there when the optimizer is built.
         **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`.
 
     Raises:

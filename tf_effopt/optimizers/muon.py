@@ -156,7 +156,8 @@ class Muon(Optimizer):
         epsilon: float above 0, of the AdamW inside.
         weight_decay: None, or float of at least 0, of hidden matrices.
         exclude_layers: list of regular expressions: what matches is trained by
-            AdamW, whatever its role.
+            AdamW, whatever its role. (Leave a `Sequential`'s own name out:
+            `load_model` takes it off the paths.)
         exclude_embeddings: bool, whether AdamW trains embeddings.
         muon_a, muon_b, muon_c: floats, the iteration's quintic.
         adam_lr_ratio: float of at least 0, AdamW's learning rate per Muon's.
@@ -250,20 +251,27 @@ class Muon(Optimizer):
         self.split_heads = split_heads
         self.roles = roles
 
-    def matrices(self, path, shape):
-        """How a variable is looked at as matrices; None if AdamW trains it."""
-        known = self.roles is not None
-        role = self.roles.role(path, shape) if known else role_by_path(path, shape)
+    def part(self, path, shape):
+        (part,) = self.parts([(path, shape)])
+        return part
+
+    def parts(self, variables):
+        if self.roles is None:
+            roles = [role_by_path(path, shape) for path, shape in variables]
+        else:
+            roles = self.roles.of(variables)
+        return [
+            self._part_of(path, role)
+            for (path, _), role in zip(variables, roles, strict=True)
+        ]
+
+    def _part_of(self, path, role):
         is_embedding = role.kind == EMBEDDING and not self.exclude_embeddings
         if matches(self.exclude_layers, path) or not (
             role.kind == HIDDEN or is_embedding
         ):
-            return None
-        return role.per_head().matrices if self.split_heads else role.matrices
-
-    def part(self, path, shape):
-        view = self.matrices(path, shape)
-        return ADAMW if view is None else muon_part(view)
+            return ADAMW
+        return muon_part((role.per_head() if self.split_heads else role).matrices)
 
     def build(self, variables):
         is_new = not self.built
@@ -272,11 +280,12 @@ class Muon(Optimizer):
             self._warn_of_routing()
 
     def _warn_of_routing(self):
-        rows = []
-        for v in self._trainable_variables:
-            path, shape = path_of(v), tuple(v.shape)
-            if len(shape) > 1:
-                rows.append(f"{self.part(path, shape).name:5}  {path}  {shape}")
+        known = _paths_and_shapes(self._trainable_variables)
+        rows = [
+            f"{part.name:5}  {path}  {shape}"
+            for (path, shape), part in zip(known, self.parts(known), strict=True)
+            if len(shape) > 1
+        ]
         if any(row.startswith("muon") for row in rows):
             table = "\n".join(rows)
             warnings.warn(
@@ -296,13 +305,14 @@ class Muon(Optimizer):
         # Keras's has one slot for what it takes for matrices, else two, in the
         # order of the variables; its choice isn't ours.
         saved, slots = list(saved), []
-        for v in self._trainable_variables:
+        parts = self.parts(_paths_and_shapes(self._trainable_variables))
+        for v, part in zip(self._trainable_variables, parts, strict=True):
             path, shape = path_of(v), tuple(v.shape)
             has_velocity = self._is_adam_of_keras(path, shape)
             theirs, saved = saved[: 1 + has_velocity], saved[1 + has_velocity :]
             if any(x.shape != shape for x in theirs) or len(theirs) < 1 + has_velocity:
                 return None
-            if self.matrices(path, shape) is not None:
+            if part is not ADAMW:
                 slots += theirs[:1]
             elif has_velocity:
                 slots += theirs
@@ -314,6 +324,10 @@ class Muon(Optimizer):
     def _is_adam_of_keras(self, path, shape):
         is_embedding = self.exclude_embeddings and "embedding" in path.lower()
         return len(shape) != 2 or is_embedding or matches(self.exclude_layers, path)
+
+
+def _paths_and_shapes(variables):
+    return [(path_of(v), tuple(v.shape)) for v in variables]
 
 
 ADAMW = Part(

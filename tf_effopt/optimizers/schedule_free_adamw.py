@@ -81,6 +81,19 @@ def interpolation(w, slots, *, beta_1):
     return w + (1 - beta_1) * (slots["z"] - w)
 
 
+class Place(DecayRate):
+    """Where `y` lies between `z` and `x`: these stay as they are if it changes."""
+
+    def __set__(self, optimizer, value):
+        value = self.check(value)
+        is_training = optimizer.__dict__.get("built") and not optimizer.is_evaluating
+        if is_training:
+            optimizer.use_evaluation_weights()
+        super().__set__(optimizer, value)
+        if is_training:
+            optimizer.use_training_weights()
+
+
 class ScheduleFreeAdamW(Optimizer):
     """Schedule-Free AdamW: AdamW that needs no learning-rate schedule.
 
@@ -91,7 +104,8 @@ class ScheduleFreeAdamW(Optimizer):
 
         model.fit(..., callbacks=[tf_effopt.callbacks.EvaluationWeights()])
 
-    Without it, `x` is in place after `fit`, and validation in `fit` was at `y`.
+    Without it, `x` is in place after `fit`, validation in `fit` was at `y`, and the
+    first gradient of a second `fit` is taken at `x`.
     In a loop of your own call `optimizer.use_evaluation_weights()` and
     `optimizer.use_training_weights()`.
 
@@ -103,7 +117,8 @@ class ScheduleFreeAdamW(Optimizer):
     `keras.optimizers.ScheduleFreeAdamW`'s arguments, and converts the state it
     saved.
 
-    When not to use it: with a learning-rate schedule. Statistics of
+    When not to use it: with a learning-rate schedule, or with `use_ema`, whose average
+    of `y` then takes the weights' place only by `ema_overwrite_frequency`. Statistics of
     `BatchNormalization` are those of `y`: run some batches at `x` in training
     mode before you evaluate.
 
@@ -143,7 +158,7 @@ class ScheduleFreeAdamW(Optimizer):
         slots={"lr_max": ("largest_rate", 0.0), "weight_sum": ("weight_sum", 0.0)},
     )
     evaluation = Evaluation(average, interpolation)
-    beta_1 = DecayRate(allow_zero=False)
+    beta_1 = Place(allow_zero=False)
     beta_2 = DecayRate()
     epsilon = Positive()
     warmup_steps = Count(low=1)

@@ -222,7 +222,7 @@ class SOAP(Optimizer):
         axes = tuple(
             k
             for k, n in enumerate(shape)
-            if len(shape) > 1 and n <= self.max_precondition_dim
+            if len(shape) > 1 and 0 not in shape and n <= self.max_precondition_dim
         )
         return part_of(axes)
 

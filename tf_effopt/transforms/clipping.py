@@ -24,11 +24,6 @@ def squared_norm(*gradients: Any) -> Any:
     return ops.sum(sum(ops.square(x) for x in _parts(gradients)))
 
 
-def total(*gradients: Any) -> Any:
-    """Returns the sum of all elements of tensors of one shape and dtype."""
-    return ops.sum(sum(_parts(gradients)))
-
-
 def alike(gradients: list[Any]) -> list[list[Any]]:
     """Returns the gradients in groups of one shape and dtype.
 
