@@ -414,6 +414,12 @@ def test_a_layer_that_does_not_train_is_named():
     train(compiled_model(SGD(groups=[optional]), model), 1)
 
 
+def test_a_group_that_is_given_twice_is_refused():
+    group = tf_effopt.Group(["kernel"], learning_rate_multiplier=0.5)
+    with pytest.raises(ValueError, match="each for this optimizer only"):
+        tf_effopt.SGD(groups=[group, group])
+
+
 def test_a_group_of_another_optimizer_is_refused():
     group, w = Group("w"), variable(1)
     one, other = SGD(groups=[group]), SGD(groups=[group])

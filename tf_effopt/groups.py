@@ -189,9 +189,8 @@ class Group:
 
 def checked_groups(groups: Any) -> tuple[Group, ...]:
     """An optimizer's argument `groups`."""
-    wrong = not isinstance(groups, list | tuple) or len(set(map(id, groups))) < len(
-        groups
-    )
+    wrong = not isinstance(groups, list | tuple)
+    wrong = wrong or len({id(x) for x in groups}) < len(groups)
     bad = groups if wrong else [x for x in groups if not _is_new(x)]
     if wrong or bad:
         raise ValueError(

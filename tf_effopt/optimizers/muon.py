@@ -271,7 +271,8 @@ class Muon(Optimizer):
             role.kind == HIDDEN or is_embedding
         ):
             return ADAMW
-        return muon_part((role.per_head() if self.split_heads else role).matrices)
+        view = (role.per_head() if self.split_heads else role).matrices
+        return ADAMW if view is None else muon_part(view)
 
     def build(self, variables):
         is_new = not self.built
