@@ -19,7 +19,8 @@ from tf_effopt.distribute.strategies import named_workers
 def prepare(model: keras.Model) -> keras.Model:
     """Makes `fit`, `evaluate` and `predict` right under the model's strategy.
 
-    One line after `compile`:
+    `train_on_batch` and `test_on_batch`, too; of `predict_on_batch` each replica
+    returns the whole batch. One line after `compile`:
 
     >>> import tf_effopt
     >>> strategy = tf_effopt.distribute.strategy("none")
