@@ -113,9 +113,12 @@ def killed(
         else:
             pause = epoch if kill.checkpoints else startup
             time.sleep(kill.fraction * pause)
-        running = processes(process, workers)
-        if process.poll() is not None or len(running) < workers:
+        # The launcher takes a while to start them.
+        while process.poll() is None and len(processes(process, workers)) < workers:
+            time.sleep(0.05)
+        if process.poll() is not None:
             raise Finished
+        running = processes(process, workers)
         os.kill(running[int(kill.victim * workers)], signal.SIGKILL)
         process.wait(END_LIMIT)
     finally:

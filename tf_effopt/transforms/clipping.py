@@ -7,13 +7,12 @@ Pascanu et al., "On the difficulty of training recurrent neural networks",
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from keras import ops
 
 # XLA on CPU writes the squares to memory before it adds them up, and a TPU's sum of
-# a tensor's elements is slow. Adding this many parts of large tensors to each other
+# a tensor's elements is slow. Adding this many parts of a large tensor to each other
 # first leaves an eighth of both.
 PARTS = 8
 LARGE = 65536
@@ -21,7 +20,9 @@ LARGE = 65536
 
 def squared_norm(*gradients: Any) -> Any:
     """Returns the sum of squares of all elements of tensors of one shape and dtype."""
-    return ops.sum(sum(ops.square(x) for x in _parts(gradients)))
+    if len(gradients) == 1:
+        gradients = _parts(gradients[0])
+    return ops.sum(sum(ops.square(g) for g in gradients))
 
 
 def alike(gradients: list[Any]) -> list[list[Any]]:
@@ -37,16 +38,12 @@ def alike(gradients: list[Any]) -> list[list[Any]]:
     return list(groups.values())
 
 
-def _parts(tensors: Sequence[Any]) -> list[Any]:
-    """At least `PARTS` tensors of one shape, of large ones of one shape; or these."""
-    shape = tensors[0].shape
-    parts = 2 ** max(0, math.ceil(math.log2(PARTS / len(tensors))))
-    if None in shape or math.prod(shape) < LARGE:
-        return list(tensors)
-    axis = next((i for i, n in enumerate(shape[:-1]) if n % parts == 0), None)
-    if axis is None:
-        return list(tensors)
-    return [part for x in tensors for part in ops.split(x, parts, axis=axis)]
+def _parts(g: Any) -> list[Any]:
+    """A large tensor's parts, of one shape; a small one itself."""
+    if None in g.shape or math.prod(g.shape) < LARGE:
+        return [g]
+    axis = next((i for i, n in enumerate(g.shape[:-1]) if n % PARTS == 0), None)
+    return [g] if axis is None else ops.split(g, PARTS, axis=axis)
 
 
 def clip_by_value(g: Any, clipvalue: Any) -> Any:
