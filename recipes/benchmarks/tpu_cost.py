@@ -22,6 +22,7 @@ import functools
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -148,7 +149,13 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.output_dir / "tpu_cost.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = {"versions": report.versions(), "reports": {}, "seconds": {}}
+    found = {
+        "versions": report.versions(),
+        "reports": {},
+        "seconds": {},
+        "commits": {},
+    }
+    commit = this_commit()
     if path.exists():
         before = json.loads(path.read_text())
         if before["versions"] == found["versions"]:
@@ -160,6 +167,7 @@ def main() -> None:
         made = compile_it()
         found["reports"][name] = dataclasses.asdict(made)
         found["seconds"][name] = round(time.monotonic() - started, 1)
+        found["commits"][name] = commit
         print(f"{name}: {made} ({found['seconds'][name]} s)", flush=True)
         path.write_text(json.dumps(found, indent=1))
         path.with_suffix(".md").write_text(page(found))
@@ -178,11 +186,30 @@ def page(found: dict) -> str:
 `python recipes/benchmarks/tpu_cost.py` made these programs in {minutes:.0f} minutes, on a
 machine without a TPU: **none of them was run**. {versions}.
 
+{made_at(found["commits"])}
+
 All numbers are those of one device. Memory is the compiler's: temporaries include what
 it keeps in vector memory. HBM traffic and cycles are read off the optimized program.
 Cycles are the compiler's estimate, without copies and collectives, and no time.
 
 {table}"""
+
+
+def this_commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def made_at(commits: dict[str, str]) -> str:
+    """Of which versions of the code the programs are."""
+    named: dict[str, list[str]] = {}
+    for name, commit in commits.items():
+        named.setdefault(commit, []).append(name)
+    latest = list(commits.values())[-1]
+    older = [f"{', '.join(x)} at commit {c}." for c, x in named.items() if c != latest]
+    others = "the others " if older else ""
+    return "\n".join([*older, f"Made {others}at commit {latest}."])
 
 
 def options(name: str) -> str:
