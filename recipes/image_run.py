@@ -58,7 +58,6 @@ class Devices:
         """Whether all workers have this same number, below a million."""
         if not self.several_workers:
             return True
-
         x = [number, number**2]
         each = self.strategy.experimental_distribute_values_from_function(
             lambda _: tf.constant(x, tf.float64)
@@ -66,12 +65,13 @@ class Devices:
 
         @tf.function
         def sums() -> tf.Tensor:
-            in_replica = tf.distribute.get_replica_context
-            return self.strategy.run(
-                lambda mine: in_replica().all_reduce("SUM", mine), args=(each,)
-            )
+            def summed(mine: tf.Tensor) -> tf.Tensor:
+                return tf.distribute.get_replica_context().all_reduce("SUM", mine)
+
+            return self.strategy.run(summed, args=(each,))
 
         total, squares = self.strategy.experimental_local_results(sums())[0].numpy()
+        # Equal exactly where all numbers are (Cauchy and Schwarz).
         return total**2 == squares * self.replicas
 
 

@@ -114,12 +114,11 @@ def killed(
             pause = epoch if kill.checkpoints else startup
             time.sleep(kill.fraction * pause)
         # The launcher takes a while to start them.
-        while process.poll() is None and len(processes(process, workers)) < workers:
-            time.sleep(0.05)
+        wait_for(process, lambda: len(processes(process, workers)) == workers)
         if process.poll() is not None:
             raise Finished
-        running = processes(process, workers)
-        os.kill(running[int(kill.victim * workers)], signal.SIGKILL)
+        victim = processes(process, workers)[int(kill.victim * workers)]
+        os.kill(victim, signal.SIGKILL)
         process.wait(END_LIMIT)
     finally:
         process.kill()

@@ -535,6 +535,8 @@ def test_slopes_of_activations_are_no_matrices():
     layers = [keras.Input((5, 6)), keras.layers.PReLU(name="p"), keras.layers.Dense(2)]
     roles = tf_effopt.roles(keras.Sequential(layers))
     assert roles.paths("hidden") == []
+    (slopes,) = [path for path in roles.paths("other") if path.endswith("alpha")]
+    assert roles.role(slopes, (5, 6)).kind == "other"
 
 
 def test_each_output_without_a_layer_is_named():

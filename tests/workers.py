@@ -199,16 +199,22 @@ def even_batches(case):
         loss=by_weight,
         sample_weight=WEIGHTS[even],
     )
-    weights = {f"weighted/{k}": x for k, x in case.found.items()}
+    weighted = {f"weighted/{k}": x for k, x in case.found.items() if k != "replicas"}
     y = np.repeat(Y[even, None], 3, axis=1)
     make_model = lambda: table_model(mask=True)
     case.fit(lambda: tf_effopt.SGD(0.05), make_model, x=IDS[even], y=y)
-    case.found |= {k: x for k, x in weights.items() if k != "weighted/replicas"}
+    case.found |= weighted
 
 
 def eagerly(case):
     options = {"run_eagerly": True, "metrics": ["mae"]}
-    case.fit(adam, x=X[:ONE_MORE], y=Y[:ONE_MORE], compile_options=options)
+    rows = {"x": X[:ONE_MORE], "y": Y[:ONE_MORE], "compile_options": options}
+    # A replica that has nothing takes part in the sum of the weights.
+    by_weight = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
+    case.fit(adam, loss=by_weight, sample_weight=WEIGHTS[:ONE_MORE], **rows)
+    weighted = {f"weighted/{k}": x for k, x in case.found.items() if k != "replicas"}
+    case.fit(adam, **rows)
+    case.found |= weighted
 
 
 def sums(case):

@@ -6,8 +6,8 @@ computes is the rule's (`tf_effopt.optimizers`).
 
 from __future__ import annotations
 
-import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -35,7 +35,7 @@ from tf_effopt.hyperparameters import (
     Positive,
     Switch,
 )
-from tf_effopt.paths import path_of
+from tf_effopt.paths import path_of, paths_and_shapes
 from tf_effopt.precision import ROUNDINGS, compute_dtype, is_narrow
 from tf_effopt.rules import Evaluation, ModelRule, Part, Slot, Slots, slot_groups
 from tf_effopt.selection import Selection, Trained, decay_exclusions
@@ -278,7 +278,7 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def _build_state(self, variables: list[Any]) -> list[dict | None]:
         """Makes the slots; returns each variable's state (see `Engine`)."""
-        parts = self.parts([(path_of(v), tuple(v.shape)) for v in variables])
+        parts = self.parts(paths_and_shapes(variables))
         state: list[dict | None] = [
             None
             if self._overwrite_variable_with_gradient(v)
@@ -311,17 +311,15 @@ class Optimizer(keras.optimizers.Optimizer):
         dtype = "float64" if "float64" in dtypes else "float32"
         made: dict[int, dict] = {}
         for number, owner in enumerate(self.owners()):
-            slots = {}
-            if owner.model_rule:
-                made[number] = {}  # of a rule without slots, too
-                slots = dict(owner.model_rule.slots)
+            slots = dict(owner.model_rule.slots) if owner.model_rule else {}
             if number == OPTIMIZER and self.evaluation is not None:
                 slots[EVALUATING] = (EVALUATING, 0.0)
+            if slots or owner.model_rule:  # A rule may have none.
+                made[number] = {}
             for letter, (name, start) in slots.items():
-                made.setdefault(number, {})[letter] = self.add_variable(
+                made[number][letter] = self.add_variable(
                     shape=(),
-                    # Not by `Constant`, which goes through float32.
-                    initializer=functools.partial(_filled, start),
+                    initializer=_filled_with(start),
                     dtype=dtype,
                     aggregation="only_first_replica",
                     name=name,
@@ -371,10 +369,7 @@ class Optimizer(keras.optimizers.Optimizer):
             compute_dtype(dtype_name(weight)),
             shape if slot.shape is None else slot.shape(shape),
             slot.starts_at_weight,
-            # Not by `Constant`, which goes through float32.
-            slot.start
-            if callable(slot.start)
-            else functools.partial(_filled, slot.start),
+            slot.start if callable(slot.start) else _filled_with(slot.start),
         )
 
     def add_variable_from_reference(
@@ -801,8 +796,13 @@ class Optimizer(keras.optimizers.Optimizer):
         return None
 
 
-def _filled(value: float, shape: tuple[int, ...], dtype: str) -> Any:
-    return keras.ops.convert_to_tensor(np.full(shape, value, dtype))
+def _filled_with(value: float) -> Callable:
+    """An initializer; Keras's `Constant` goes through float32."""
+
+    def initializer(shape: tuple[int, ...], dtype: str) -> Any:
+        return keras.ops.convert_to_tensor(np.full(shape, value, dtype))
+
+    return initializer
 
 
 def _copy_state(source: dict, target: dict) -> None:

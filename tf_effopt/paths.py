@@ -22,6 +22,11 @@ def path_of(variable: Any) -> str:
     return getattr(variable, "path", None) or variable.name
 
 
+def paths_and_shapes(variables: Iterable[Any]) -> list[tuple[str, tuple[int, ...]]]:
+    """The path and the shape of each variable."""
+    return [(path_of(v), tuple(v.shape)) for v in variables]
+
+
 def matches(patterns: Iterable[str], path: str) -> bool:
     """Whether one of these regular expressions has a match anywhere in a path."""
     return any(re.search(pattern, path) for pattern in patterns)

@@ -110,17 +110,18 @@ class _Adapter:
             )
 
     def _check_metrics(self) -> None:
-        for metric in tree.flatten(
-            [getattr(m, "metrics", m) for m in self.model.metrics]
-        ):
-            for v in metric.variables:
-                owner = getattr(v.value, "distribute_strategy", None)
-                if owner is not self.strategy:
-                    raise ValueError(
-                        f"The metric {metric.name!r} was made outside of "
-                        "`with strategy.scope():`, so that replicas can't add it up: "
-                        "make metrics, and call `compile`, inside."
-                    )
+        # Those that `compile` was given are inside of one of Keras's own.
+        own = [getattr(metric, "metrics", metric) for metric in self.model.metrics]
+        for metric in tree.flatten(own):
+            owners = [
+                getattr(v.value, "distribute_strategy", None) for v in metric.variables
+            ]
+            if any(owner is not self.strategy for owner in owners):
+                raise ValueError(
+                    f"The metric {metric.name!r} was made outside of "
+                    "`with strategy.scope():`, so that replicas can't add it up: "
+                    "make metrics, and call `compile`, inside."
+                )
 
     def make_train_function(self, force: bool = False) -> None:
         model = self.model

@@ -92,13 +92,13 @@ def reduce_values(
         return kerass(values, sample_weight, reduction)
     if values.shape.rank == 0:  # a loss function that has taken the mean itself
         return hooks.losses.scale_loss_for_distribution(values)
-    if values.shape[0] == 0:  # eagerly; of these Keras makes no number
-        return tf.reduce_sum(values)
     if reduction == "mean_with_sample_weight" and sample_weight is not None:
         weight = summed(tf.reduce_sum(sample_weight))
         return tf.math.divide_no_nan(
             tf.reduce_sum(values), tf.cast(weight, values.dtype)
         )
+    if values.shape[0] == 0:  # eagerly; of these Keras makes no number
+        return tf.reduce_sum(values)
     return kerass(values, sample_weight, reduction)
 
 

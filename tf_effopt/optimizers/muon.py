@@ -25,7 +25,7 @@ from tf_effopt.hyperparameters import (
 from tf_effopt.layer_roles import EMBEDDING, HIDDEN, Roles, role_by_path
 from tf_effopt.linalg import orthogonalized
 from tf_effopt.optimizers.adam import adam_rule
-from tf_effopt.paths import matches, path_of
+from tf_effopt.paths import matches, paths_and_shapes
 from tf_effopt.rules import Part, Slots
 
 # Amsel et al., 2025, https://arxiv.org/abs/2505.16932: the best quintics, one
@@ -281,7 +281,7 @@ class Muon(Optimizer):
             self._warn_of_routing()
 
     def _warn_of_routing(self):
-        known = _paths_and_shapes(self._trainable_variables)
+        known = paths_and_shapes(self._trainable_variables)
         rows = [
             f"{part.name:5}  {path}  {shape}"
             for (path, shape), part in zip(known, self.parts(known), strict=True)
@@ -306,9 +306,8 @@ class Muon(Optimizer):
         # Keras's has one slot for what it takes for matrices, else two, in the
         # order of the variables; its choice isn't ours.
         saved, slots = list(saved), []
-        parts = self.parts(_paths_and_shapes(self._trainable_variables))
-        for v, part in zip(self._trainable_variables, parts, strict=True):
-            path, shape = path_of(v), tuple(v.shape)
+        known = paths_and_shapes(self._trainable_variables)
+        for (path, shape), part in zip(known, self.parts(known), strict=True):
             has_velocity = self._is_adam_of_keras(path, shape)
             theirs, saved = saved[: 1 + has_velocity], saved[1 + has_velocity :]
             if any(x.shape != shape for x in theirs) or len(theirs) < 1 + has_velocity:
@@ -325,10 +324,6 @@ class Muon(Optimizer):
     def _is_adam_of_keras(self, path, shape):
         is_embedding = self.exclude_embeddings and "embedding" in path.lower()
         return len(shape) != 2 or is_embedding or matches(self.exclude_layers, path)
-
-
-def _paths_and_shapes(variables):
-    return [(path_of(v), tuple(v.shape)) for v in variables]
 
 
 ADAMW = Part(

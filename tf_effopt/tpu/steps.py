@@ -12,7 +12,7 @@ from tf_effopt.tpu import compiler, report
 from tf_effopt.tpu.replicas import ProgramStrategy
 from tf_effopt.tpu.report import Report
 
-SMALL = 0.03  # of weights and state
+NEGLIGIBLE_SUM = 0.03  # of the bytes of weights and state
 
 
 def compile_update(
@@ -55,7 +55,7 @@ def compile_update(
     specs = [tf.TensorSpec(v.shape, v.dtype) for v in weights]
     blank = _blank(f"update of {model.name}", optimizer, weights, topology, strategy)
     found = _compiled(blank, strategy, update, specs)
-    if found.error is None and found.summed_bytes < SMALL * found.state_bytes:
+    if found.error is None and found.summed_bytes < NEGLIGIBLE_SUM * found.state_bytes:
         return found
     other = _compiled(blank, strategy, overwriting_update, specs, overwrites=True)
     return min(found, other, key=lambda r: (r.error is not None, r.temporary_bytes))
