@@ -1,10 +1,15 @@
-"""The order of the test files: the longest first, so that no process waits at the end."""
+"""Which process runs which test file, and when a fresh one takes over."""
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import pytest
 
+# The longest first, so that no process waits at the end.
 LONGEST = ("test_ways", "test_precision", "test_mirrored", "test_transforms")
+SECONDS_OF_A_PROCESS = 150
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -13,3 +18,48 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=place)  # which keeps the order within a file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class FreshProcesses(LoadFileScheduling):
+        """Files to processes; one that has run for long gets its last file.
+
+        XLA's programs stay in their process, with 3 memory mappings for each
+        function: at Linux's limit of 65,530 the next one is a segmentation
+        fault, and until then they take gigabytes.
+        """
+
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            self.started: dict[Any, float] = {}
+
+        def _reschedule(self, node: Any) -> None:
+            if node in self.registered_collections:  # else it's still starting
+                super()._reschedule(node)
+
+        def _assign_work_unit(self, node: Any) -> None:
+            super()._assign_work_unit(node)
+            age = time.monotonic() - self.started.setdefault(node, time.monotonic())
+            if age > SECONDS_OF_A_PROCESS and self.workqueue:
+                node.shutdown()  # after this file
+
+    if config.getoption("dist") != "loadfile":
+        return None
+    scheduler = FreshProcesses(config, log)
+    config.pluginmanager.register(Successors(config, scheduler))
+    return scheduler
+
+
+class Successors:
+    """A new process in the place of each that ended before the files did."""
+
+    def __init__(self, config: pytest.Config, scheduler: Any):
+        self.session = config.pluginmanager.getplugin("dsession")
+        self.scheduler = scheduler
+
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        if error is None and self.scheduler.workqueue:
+            self.session._clone_node(node)

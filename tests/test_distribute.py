@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent import futures
 from pathlib import Path
 
 import keras
@@ -24,7 +25,7 @@ from tf_effopt.distribute import hooks, launch
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = ROOT / "tests" / "workers.py"
-TIME_LIMIT = 1200  # seconds for all cases of a group
+TIME_LIMIT = 1800  # seconds for all cases of a group
 NAMES = [case.__name__ for case in CASES]
 FEW = [
     "accumulation",
@@ -65,9 +66,9 @@ def run(group: str, folder: Path, cases: list[str]) -> dict[str, np.ndarray]:
 
 
 def trained(groups: list[str], folder: Path, cases: list[str]) -> dict[str, np.ndarray]:
-    results = {}
-    for group in groups:
-        results |= run(group, folder, cases)
+    with futures.ThreadPoolExecutor() as pool:
+        runs = pool.map(lambda group: run(group, folder, cases), groups)
+        results = {key: x for found in runs for key, x in found.items()}
     # A collective that fails poisons its process: what failed is tried alone.
     for key in [key for key in results if key.endswith("|error")]:
         where, case, _ = key.split("|")

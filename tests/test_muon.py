@@ -323,21 +323,34 @@ def test_embeddings_if_asked_for():
 # ------------------------------------------------------------- the iteration
 
 
-def test_matrices_of_a_shape_go_together(monkeypatch):
-    seen = []
+@pytest.fixture
+def iterated(monkeypatch) -> list[tuple]:
+    """The shapes that the iteration is traced for; a trial compilation's come first."""
+    shapes = []
     original = muon.orthogonalized
 
     def spy(x, *args):
-        seen.append(tuple(x.shape))
+        shapes.append(tuple(x.shape))
         return original(x, *args)
 
     monkeypatch.setattr(muon, "orthogonalized", spy)
+    return shapes
+
+
+def test_matrices_of_a_shape_go_together(iterated):
     model = transformer()
-    optimizer = plain_muon(roles=tf_effopt.roles(model))
-    # In a trial compilation, and in the update.
-    step_on(model, optimizer)
-    assert {(1, 24, 8), (4, 8, 8), (1, 8, 16), (1, 16, 8)} <= set(seen)
-    assert not any(shape == (1, 8, 8) for shape in seen[-4:])
+    step_on(model, plain_muon(roles=tf_effopt.roles(model)))
+    assert {(1, 24, 8), (4, 8, 8), (1, 8, 16), (1, 16, 8)} <= set(iterated)
+    assert not any(shape == (1, 8, 8) for shape in iterated[-4:])
+
+
+def test_large_matrices_go_alone_on_a_cpu(iterated):
+    shapes = [(256, 256), (256, 256), (16, 256), (16, 256)]
+    weights = [keras.Variable(np.zeros(shape), name="kernel") for shape in shapes]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain_muon().apply([np.ones(shape, "float32") for shape in shapes], weights)
+    assert iterated[-3:] == [(1, 256, 256), (1, 256, 256), (2, 16, 256)]
 
 
 def singular_values(**settings) -> np.ndarray:

@@ -28,6 +28,8 @@ class Inputs:
             there is one device only.
         matrix_steps: what `matrices.matrix_steps` returns, if it is known; None
             where it is to be computed.
+        stacks_matrices: whether large matrices of one shape are multiplied as
+            a stack. Otherwise, and that is faster on a CPU, each is alone.
     """
 
     plan: Plan
@@ -37,6 +39,7 @@ class Inputs:
     scalars: Scalars
     totals: dict[str, dict[str, Any]] | None = None
     matrix_steps: dict[int, tuple[Any, dict]] | None = None
+    stacks_matrices: bool = True
 
     @property
     def scalar_dtype(self) -> str:

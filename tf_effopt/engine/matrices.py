@@ -14,6 +14,8 @@ from tf_effopt.engine.inputs import Inputs, in_compute_dtype
 from tf_effopt.engine.plan import Arguments
 from tf_effopt.rules import Matrices
 
+LARGE = 256 * 256  # elements of a matrix whose products keep a CPU busy
+
 
 class View:
     """A tensor of a shape as `(n, inputs, outputs)`, and back."""
@@ -86,11 +88,14 @@ def matrix_steps(
     """Position -> `(delta, slots)`, for the variables that have matrices."""
     alike: dict[tuple, list[int]] = {}
     views = {}
+    stacks_all = inputs.stacks_matrices or share is not None
     for i, (v, g) in enumerate(zip(inputs.variables, gradients, strict=True)):
         if v.matrices is not None and g is not None:
             views[i] = View(v.shape, v.matrices)
             numbers = v.learning_rate_multipliers, v.decay
             key = id(v.rule), views[i].matrix, v.compute_dtype, numbers
+            if math.prod(views[i].matrix) >= LARGE and not stacks_all:
+                key += (i,)
             alike.setdefault(key, []).append(i)
     steps = {}
     for members in alike.values():

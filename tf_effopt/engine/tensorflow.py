@@ -437,7 +437,12 @@ class Program:
             Scalars(*scalars),
             totals,
             matrix_steps,
+            stacks_matrices=not self._runs_on_cpu(),
         )
+
+    def _runs_on_cpu(self) -> bool:
+        is_cpu = tf.DeviceSpec.from_string(self.device).device_type == "CPU"
+        return is_cpu and not _compiles_steps(self.engine.strategy)
 
     def _matrix_share(
         self, gradients: list[Any], scalars: tuple, totals: dict | None, replica: Any
@@ -521,9 +526,8 @@ def _reducer(strategy: Any) -> Any:
         return own
     if all("GPU" in device for device in devices):
         return tf.distribute.NcclAllReduce()
-    if len(devices) % 2:
-        return tf.distribute.ReductionToOneDevice()
-    return hierarchical()
+    # Between CPUs this copies nothing, not even to pack the tensors.
+    return tf.distribute.ReductionToOneDevice()
 
 
 @functools.cache
