@@ -61,5 +61,6 @@ class Successors:
         self.scheduler = scheduler
 
     def pytest_testnodedown(self, node: Any, error: object) -> None:
+        node.gateway.exit()  # else the process waits, with its memory, for the end
         if error is None and self.scheduler.workqueue:
             self.session._clone_node(node)

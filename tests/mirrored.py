@@ -292,6 +292,24 @@ def divided_matrices():
     return result | {"of_two": of_two[-2:], "of_one": seen[-2:]}
 
 
+def a_gradient_from_outside():
+    """Each replica's is the same tensor: it counts as often as there are replicas."""
+    strategy = tf.distribute.MirroredStrategy()
+    with strategy.scope():
+        variable = keras.Variable(np.zeros(3, "float32"))
+        optimizer = optimizers.SGD(1.0)
+        optimizer.build([variable])
+    gradient = tf.constant([1.0, 2.0, 3.0])
+
+    @tf.function
+    def in_a_graph():
+        strategy.run(lambda: optimizer.apply([gradient]))
+
+    in_a_graph()
+    strategy.run(lambda: optimizer.apply([gradient]))
+    return {"weights": variable.numpy().tolist()}
+
+
 def compressed_gradients():
     """Those of two replicas, as SGD's first step leaves them in weights of 0."""
     strategy = tf.distribute.MirroredStrategy()
@@ -430,6 +448,7 @@ OURS = [
     numbers_of_the_model,
     groups,
     divided_matrices,
+    a_gradient_from_outside,
     compressed_gradients,
     weights_for_evaluation,
     other_reductions,

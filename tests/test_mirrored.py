@@ -102,6 +102,10 @@ def test_matrices_are_divided_among_replicas(ours):
     assert sorted(result["of_one"]) == [[1, 8, 16], [3, 16, 16]]
 
 
+def test_a_gradient_from_outside_counts_for_each_replica(ours):
+    assert ours["a_gradient_from_outside"]["weights"] == [-4.0, -8.0, -12.0]
+
+
 def test_gradients_are_sent_in_16_bits(ours):
     result = ours["compressed_gradients"]
     # 1.003 is 1 in bfloat16, a third is 0.333984375.

@@ -148,6 +148,9 @@ class TensorFlowEngine(Engine):
         shape = self.variables[index].shape
         if not is_sparse(gradient):
             gradient = tf.convert_to_tensor(gradient)
+            if self.strategy.num_replicas_in_sync > 1:
+                # One tensor from outside of all replicas would be summed as one.
+                gradient = tf.identity(gradient)
             is_known = gradient.shape.is_fully_defined()
             return gradient if is_known else tf.ensure_shape(gradient, shape)
         if self.optimizer.lazy:

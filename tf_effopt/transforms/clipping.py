@@ -20,9 +20,7 @@ LARGE = 65536
 
 def squared_norm(*gradients: Any) -> Any:
     """Returns the sum of squares of all elements of tensors of one shape and dtype."""
-    if len(gradients) == 1:
-        gradients = _parts(gradients[0])
-    return ops.sum(sum(ops.square(g) for g in gradients))
+    return ops.sum(sum(ops.square(part) for g in gradients for part in _parts(g)))
 
 
 def alike(gradients: list[Any]) -> list[list[Any]]:
