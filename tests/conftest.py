@@ -62,5 +62,6 @@ class Successors:
 
     def pytest_testnodedown(self, node: Any, error: object) -> None:
         node.gateway.exit()  # else the process waits, with its memory, for the end
-        if error is None and self.scheduler.workqueue:
+        is_early = self.scheduler.workqueue and not self.session.shuttingdown
+        if error is None and is_early:
             self.session._clone_node(node)
