@@ -20,7 +20,10 @@ LARGE = 65536
 
 def squared_norm(*gradients: Any) -> Any:
     """Returns the sum of squares of all elements of tensors of one shape and dtype."""
-    return ops.sum(sum(ops.square(part) for g in gradients for part in _parts(g)))
+    if len(gradients) == 1:
+        # Not of several: a rule's own sums over a tensor share their loop with these.
+        gradients = _parts(gradients[0])
+    return ops.sum(sum(ops.square(g) for g in gradients))
 
 
 def alike(gradients: list[Any]) -> list[list[Any]]:
