@@ -294,3 +294,33 @@ def test_a_custom_rule_that_takes_what_nothing_provides():
     Custom.rule = staticmethod(rule)
     with pytest.raises(TypeError, match="takes `beta`, which nothing provides"):
         Custom().apply([tf.ones(1)], [variable(1.0)])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: SGD(use_ema=True), tf_effopt.Prodigy, tf_effopt.ScheduleFreeAdamW]
+)
+def test_weights_that_are_made_within_the_step_are_named(make):
+    """The average starts at the weights, which have no value there yet."""
+
+    class Late(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = keras.layers.Dense(1, name="inner")
+
+        def build(self, shape):
+            """Without its layers."""
+
+        def call(self, x):
+            return self.inner(x)
+
+    def late():
+        model = Late()
+        model.build((None, X.shape[1]))
+        model.compile(make(), "mse")
+        return model
+
+    with pytest.raises(ValueError, match="inner/kernel has no value yet.*on a batch"):
+        late().fit(X, Y, verbose=0)
+    model = late()
+    model(X[:1])
+    model.fit(X, Y, verbose=0)

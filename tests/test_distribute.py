@@ -22,6 +22,7 @@ tf = pytest.importorskip("tensorflow")
 from workers import CASES
 
 from tf_effopt.distribute import hooks, launch
+from tf_effopt.distribute.fit import _PackedLogs
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = ROOT / "tests" / "workers.py"
@@ -31,6 +32,7 @@ FEW = [
     "accumulation",
     "even_batches",
     "an_empty_replica_in_a_loop",
+    "generator",
     "prediction",
     "infinite",
 ]
@@ -148,6 +150,17 @@ def test_workers_end_with_the_same_bits(all_cases, case):
 
 
 # ----------------------------------------------------------- strategies by name
+
+
+def test_plain_numbers_in_logs_are_packed_with_tensors():
+    logs = {"loss": tf.constant(2.5), "rate": 0.5, "counts": np.array([1, 2])}
+    packed = _PackedLogs(lambda data: logs)
+    found = packed.unpacked(packed.packed(None)[0])
+    assert {k: v.numpy().tolist() for k, v in found.items()} == {
+        "loss": 2.5,
+        "rate": 0.5,
+        "counts": [1.0, 2.0],
+    }
 
 
 def test_private_names_are_there():

@@ -10,6 +10,7 @@ import pytest
 from cases import arrays, compiled_model, small_model, train
 
 import tf_effopt
+from tf_effopt import layer_roles
 from tf_effopt.engine.matrices import View
 from tf_effopt.optimizers import muon
 from tf_effopt.rules import Matrices
@@ -629,6 +630,26 @@ def test_errors_of_divided_work():
     built.build(small_model().trainable_variables)
     with pytest.raises(ValueError, match="is built already"):
         divide(built)
+
+
+def test_a_wrapped_one_is_carried_over_with_other_roles():
+    model = small_model()
+    wrapped = tf_effopt.LossScaleOptimizer(plain_muon())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped.build(model.trainable_variables)
+    roles = tf_effopt.roles(model)
+    carried = wrapped.carry_over(model.trainable_variables, roles=roles)
+    assert carried.inner_optimizer.roles is roles
+
+
+@pytest.mark.parametrize("layer", ["keypoints", "monkey", "query_conv", "values_1"])
+def test_a_layer_that_sounds_like_attention_isnt(layer):
+    attention = layer_roles.role_by_path("attention/query/kernel", (3, 8, 16))
+    assert (
+        attention.matrices
+        != layer_roles.role_by_path(f"model/{layer}/kernel", (3, 8, 16)).matrices
+    )
 
 
 def test_divided_work_on_one_device_is_the_same():

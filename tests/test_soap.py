@@ -46,6 +46,16 @@ def test_without_a_basis_it_is_adam_from_the_second_gradient_on(shape):
     np.testing.assert_allclose(ours[1:], adam, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 4)])
+def test_without_a_basis_small_elements_move_as_in_adam(shape):
+    g = np.resize(np.array([1.0, 1e-5, 1e-7], "float32"), shape)
+    settings = SETTINGS | {"epsilon": 1e-12}
+    soap = tf_effopt.SOAP(**settings, weight_decay=0.0, max_precondition_dim=1)
+    ours = run(soap, np.zeros(shape, "float32"), [g] * 4)
+    adam = run(tf_effopt.Adam(**settings), np.zeros(shape, "float32"), [g] * 3)
+    np.testing.assert_allclose(ours[1:], adam, rtol=1e-5)
+
+
 def test_gradients_along_the_axes_make_it_adam():
     """The bases are then a permutation of the identity's columns."""
     scales = np.array([3.0, 1.0, 2.0, 0.5], "float32")

@@ -55,7 +55,14 @@ def steps(gradients, *transforms, optimizer=None, start=0.0):
 def test_adaptive_clipping_is_by_unit():
     """Brock et al. 2021, equation 3, for each column; g_i / |g_i| * c * |w_i|."""
     rng = np.random.default_rng(0)
-    for shape, axes in (((5, 3), (0,)), ((2, 3, 4, 5), (0, 1, 2)), ((4,), (0,))):
+    units = {
+        (5, 3): (0,),
+        (2, 3, 4, 5): (0, 1, 2),
+        (4,): (0,),
+        (1, 5): (0, 1),  # a vector, too, as the authors squeeze it
+        (1, 1, 1, 5): (0, 1, 2, 3),
+    }
+    for shape, axes in units.items():
         w, g = rng.normal(size=shape), 3 * rng.normal(size=shape)
         size = np.sqrt((w**2).sum(axes, keepdims=True))
         norm = np.sqrt((g**2).sum(axes, keepdims=True))
@@ -154,6 +161,7 @@ def test_centralization_is_by_output(shape):
         (keras.layers.Embedding(5, 3), (2,), False),
         (keras.layers.DepthwiseConv2D(2), (4, 4, 3), False),
         (keras.layers.SeparableConv1D(3, 2), (4, 3), False),
+        (keras.layers.Conv2DTranspose(3, 2), (4, 4, 2), False),
         (keras.layers.Conv1D(3, 2), (4, 3), True),
         (keras.layers.Dense(3), (4,), True),
     ],
@@ -211,6 +219,20 @@ def test_a_spike_drops_the_micro_steps_of_its_update():
     assert w.numpy().tolist() == [-3.0]  # means of (1, 1) and (1, 3)
     assert skip.skipped == 1
     assert int(optimizer.iterations) == 2
+
+
+@pytest.mark.parametrize("skip_first", [True, False])
+def test_a_skipped_step_leaves_the_state_of_other_transforms(skip_first):
+    skip, clip = SkipSpikes(warmup_steps=3), ZClip()
+    optimizer = SGD(1.0, transforms=[skip, clip] if skip_first else [clip, skip])
+    steps(np.ones((5, 1)), optimizer=optimizer)
+    own = [v for v in optimizer.variables if "zclip" in v.path.lower()]
+    before = arrays(own)
+    w = optimizer._trainable_variables[0]
+    optimizer.apply([tf.constant([1e4])], [w])
+    assert skip.skipped == 1 and len(own) >= 2
+    for was, now in zip(before, arrays(own), strict=True):
+        np.testing.assert_array_equal(was, now)
 
 
 def test_a_lasting_rise_is_followed():

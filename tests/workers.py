@@ -303,6 +303,18 @@ def datasets(case):
     case.found["logs/evaluate"] = np.asarray(model.evaluate(data, verbose=0))
 
 
+def generator(case):
+    """It gives no batch again: none may be used up to build the model."""
+    starts = range(0, ROWS, BATCH)
+    batches = (
+        (X[i : i + BATCH].copy(), Y[i : i + BATCH].copy())
+        for _ in range(EPOCHS)
+        for i in starts
+    )
+    data = {"x": batches, "y": None, "batch_size": None}
+    case.fit(adam, **data, steps_per_epoch=len(starts))
+
+
 def prediction(case):
     model = case.fit(adam)
     case.found["logs/predict"] = model.predict(X, batch_size=BATCH, verbose=0)
@@ -420,6 +432,7 @@ CASES = [
     weights_for_evaluation,
     shuffled,
     datasets,
+    generator,
     prediction,
     fixed_size,
     recipe,

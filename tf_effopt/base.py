@@ -35,13 +35,15 @@ from tf_effopt.hyperparameters import (
     Positive,
     Switch,
 )
-from tf_effopt.paths import path_of, paths_and_shapes
+from tf_effopt.paths import known_by, path_of
 from tf_effopt.precision import ROUNDINGS, compute_dtype, is_narrow
 from tf_effopt.rules import Evaluation, ModelRule, Part, Slot, Slots, slot_groups
 from tf_effopt.selection import Selection, Trained, decay_exclusions
 from tf_effopt.transforms.base import Transform
 
-EXCLUSIONS = "exclude_from_weight_decay"  # in a configuration
+# In a configuration, besides the constructor's arguments.
+EXCLUSIONS = "exclude_from_weight_decay"
+BUILT_ON = "built_on"
 
 
 class Optimizer(keras.optimizers.Optimizer):
@@ -203,6 +205,7 @@ class Optimizer(keras.optimizers.Optimizer):
         self._decay_exclusions = Selection()
         self.undecayed: frozenset[int] = frozenset()
         self._frozen: frozenset[int] = frozenset()
+        self._known: list[tuple[str, tuple[int, ...]]] = []  # what it was built on
         self._state_to_load = None
 
     def __init_subclass__(cls, **kwargs):
@@ -259,7 +262,8 @@ class Optimizer(keras.optimizers.Optimizer):
                 if not self._overwrite_variable_with_gradient(variable):
                     check_dtype(variable)
                     self._engine.check_variable(variable)
-            self._find_members(Trained(variables))
+            self._known = known_by(variables, self._known)
+            self._find_members(Trained(variables, [path for path, _ in self._known]))
             with self._engine.building():
                 super().build(variables)  # averages, then accumulators
                 state = self._build_state(variables)
@@ -278,7 +282,7 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def _build_state(self, variables: list[Any]) -> list[dict | None]:
         """Makes the slots; returns each variable's state (see `Engine`)."""
-        parts = self.parts(paths_and_shapes(variables))
+        parts = self.parts(self._known)
         state: list[dict | None] = [
             None
             if self._overwrite_variable_with_gradient(v)
@@ -402,6 +406,7 @@ class Optimizer(keras.optimizers.Optimizer):
         initializer: Any = "zeros",
     ) -> Any:
         if starts_at_weight:
+            self._engine.check_has_value(weight)
 
             def initializer(shape: Any, dtype: Any) -> Any:
                 # A copy: on PyTorch the tensor is the weight's own memory.
@@ -551,17 +556,21 @@ class Optimizer(keras.optimizers.Optimizer):
         self, groups: Any = None, memo: dict | None = None, settings: dict | None = None
     ) -> Optimizer:
         config, memo = self.get_config(), memo or {}
-        config.pop(EXCLUSIONS, None)
+        for name in (EXCLUSIONS, BUILT_ON):
+            config.pop(name, None)
         if not isinstance(self._learning_rate, keras.Variable):
             config["learning_rate"] = self._learning_rate
         config["transforms"] = [x.from_config(x.get_config()) for x in self.transforms]
-        if groups is None:
+        groups_are_kept = groups is None
+        if groups_are_kept:
             groups = [group.copy(memo) for group in self.groups]
         config["groups"] = groups
         config |= settings or {}
         with self._engine.building():  # under this one's strategy
             other = type(self)(**config)
         other._decay_exclusions = self._decay_exclusions.copy(memo)
+        if groups_are_kept and not settings:  # Else the user goes by paths as they are.
+            other._known = self._known
         other._engine.divides_matrices = self._engine.divides_matrices
         other._engine.gradient_dtype = self._engine.gradient_dtype
         other._state_to_load = self._state_to_load
@@ -721,6 +730,8 @@ class Optimizer(keras.optimizers.Optimizer):
         config["groups"] = [keras.saving.serialize_keras_object(x) for x in self.groups]
         if self._decay_exclusions:
             config[EXCLUSIONS] = self._decay_exclusions.get_config()
+        if self._known:
+            config[BUILT_ON] = [[path, list(shape)] for path, shape in self._known]
         return config
 
     @classmethod
@@ -728,6 +739,7 @@ class Optimizer(keras.optimizers.Optimizer):
         """Makes an optimizer from what `get_config` returned."""
         config = dict(config)
         exclusions = config.pop(EXCLUSIONS, None)
+        built_on = config.pop(BUILT_ON, ())
         for name in ("transforms", "groups"):
             config[name] = [
                 keras.saving.deserialize_keras_object(x, custom_objects=custom_objects)
@@ -736,6 +748,7 @@ class Optimizer(keras.optimizers.Optimizer):
         optimizer = super().from_config(config, custom_objects=custom_objects)
         if exclusions:
             optimizer._decay_exclusions = Selection.of(exclusions)
+        optimizer._known = [(path, tuple(shape)) for path, shape in built_on]
         return optimizer
 
     def save_own_variables(self, store: Any) -> None:

@@ -47,8 +47,9 @@ class Group:
     `exclude_from_weight_decay` wins over each group's decay.
 
     Groups are saved with the optimizer: patterns as they are, variables and
-    layers by their paths. `print(optimizer.describe())` shows what became of
-    them.
+    layers by their paths. Where `load_model` names layers anew, the old paths
+    count, as long as shapes and order are the same.
+    `print(optimizer.describe())` shows what became of them.
 
     When not to use it: to freeze a layer for all of the training, rather set its
     `trainable = False`: then no gradient is computed for it, and no state kept.
@@ -56,8 +57,7 @@ class Group:
     Args:
         members: a regular expression, which has a match anywhere in a variable's
             path; a variable; a layer or model, for all of its variables; or a
-            list of these. Leave a `Sequential`'s own name out of patterns:
-            `load_model` takes it off the paths.
+            list of these.
         learning_rate_multiplier: float of at least 0, times the optimizer's
             learning rate.
         weight_decay: None for the optimizer's own, or float of at least 0, also
@@ -144,15 +144,12 @@ class Group:
 
     def advice_on_change(self, name: str, value: Any) -> str:
         """What to do instead of a change that comes too late."""
-        advice = (
+        return (
             "Go on with an optimizer that has other groups and keeps the state:\n"
             "    optimizer = optimizer.carry_over(model.trainable_variables, "
             "groups=[...])\n"
             "    model.compile(optimizer=optimizer, ...)"
         )
-        if name == "frozen" and value:
-            advice += "\nOr set `learning_rate_multiplier = 0` in the group."
-        return advice
 
     def copy(self, memo: dict) -> Group:
         """A new group, for variables that `copy.deepcopy` copied their copies."""

@@ -428,7 +428,7 @@ def role_by_path(path: str, shape: tuple[int, ...]) -> Role:
         return _last_axis_role(shape)
     if "kernel" not in name:
         return Role(OTHER)
-    if len(shape) == 3 and re.search(r"query|key|value$", layer):
+    if len(shape) == 3 and re.search(r"(^|_)(query|key|value)(_\d+)?$", layer):
         return _einsum("bcd,dhk->bchk")
     if len(shape) == 3 and "attention_output" in layer:
         return _einsum("bchk,hkd->bcd")

@@ -84,7 +84,8 @@ def squares(x: Any, axes: Sequence[int]) -> Any:
     """Returns `x**2`, and what rounding may have added to `x`, squared.
 
     A rotation leaves in an element that ought to be 0 about the machine epsilon
-    times the norm of those along its axis, and the root mean square of all. To
+    times the norm of those along its axis, and the root mean square of all along
+    the axes together. To
     divide by such an element's size would make it as large as any other.
 
     Args:
@@ -92,7 +93,10 @@ def squares(x: Any, axes: Sequence[int]) -> Any:
         axes: those that were.
     """
     q = ops.square(x)
-    mixed = ops.mean(q) + sum(ops.sum(q, axis=k, keepdims=True) for k in axes)
+    if not axes:
+        return q
+    along = sum(ops.sum(q, axis=k, keepdims=True) for k in axes)
+    mixed = along + ops.mean(q, axis=tuple(axes), keepdims=True)
     return q + (32 * _machine_epsilon(x)) ** 2 * mixed
 
 

@@ -112,13 +112,18 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
     def carry_over(
-        self, variables: list[Any], groups: list[Any] | None = None
+        self,
+        variables: list[Any],
+        groups: list[Any] | None = None,
+        **settings: Any,
     ) -> LossScaleOptimizer:
         """Returns this optimizer for other variables, with the state it has.
 
+        `settings` are arguments of the inner optimizer's constructor.
+
         See `tf_effopt.Optimizer.carry_over`.
         """
-        inner = self.inner_optimizer.carry_over(variables, groups=groups)
+        inner = self.inner_optimizer.carry_over(variables, groups=groups, **settings)
         return self._with_state_of_the_scale(inner)
 
     def __deepcopy__(self, memo: dict) -> LossScaleOptimizer:

@@ -27,6 +27,21 @@ def paths_and_shapes(variables: Iterable[Any]) -> list[tuple[str, tuple[int, ...
     return [(path_of(v), tuple(v.shape)) for v in variables]
 
 
+def known_by(
+    variables: Iterable[Any], saved: list[tuple[str, tuple[int, ...]]]
+) -> list[tuple[str, tuple[int, ...]]]:
+    """The path and the shape by which an optimizer knows each variable.
+
+    `load_model` makes the automatic names of layers within layers anew, and takes
+    that of a `Sequential` off. Variables of other paths than those `saved`, but of
+    the same shapes in the same order, are taken for them.
+    """
+    now = paths_and_shapes(variables)
+    is_alike = [shape for _, shape in now] == [shape for _, shape in saved]
+    is_renamed = sorted(path for path, _ in now) != sorted(path for path, _ in saved)
+    return list(saved) if is_alike and is_renamed else now
+
+
 def matches(patterns: Iterable[str], path: str) -> bool:
     """Whether one of these regular expressions has a match anywhere in a path."""
     return any(re.search(pattern, path) for pattern in patterns)

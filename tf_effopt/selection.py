@@ -20,9 +20,9 @@ from tf_effopt.paths import ends, is_variable, nearest_paths, path_of
 class Trained:
     """The variables that an optimizer is built on, to be looked up."""
 
-    def __init__(self, variables: list[Any]):
+    def __init__(self, variables: list[Any], paths: list[str]):
         self.variables = variables
-        self.paths = [path_of(v) for v in variables]
+        self.paths = paths
         self._by_identity = {id(v): i for i, v in enumerate(variables)}
         self._by_path = _places(enumerate(self.paths))
         self._by_end = _places(

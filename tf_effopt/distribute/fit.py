@@ -43,8 +43,9 @@ def prepare(model: keras.Model) -> keras.Model:
     - Metrics are those of all examples, if their state adds up, as that of Keras's
       does. (Keras takes the mean of the replicas' results, which is wrong for those
       that aren't means, such as `AUC`.)
-    - `fit` works with `MultiWorkerMirroredStrategy`, and the model is built from
-      this process's part of a batch. (Keras 3.15 fails there, keras#20585.)
+    - `fit` works with `MultiWorkerMirroredStrategy`. (Keras 3.15 fails there,
+      keras#20585.) The model is built from the shapes of the data. (Keras builds it
+      from the first batches, which a generator doesn't give again.)
     - `steps_per_execution` works with collectives, by a private switch of
       TensorFlow's that is set for its steps.
     - `jit_compile` is turned off, with a warning: Keras's trainer can't compile a
@@ -134,11 +135,10 @@ class _Adapter:
             model.test_function = self._make_function(model.test_step)
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None):
-        """Builds the model from this process's first replica's part of a batch."""
+        """Builds the model for a replica's part of a batch, of which it takes none."""
         if iterator is not None:
-            _, _, batches = next(iter(iterator))
-            local = self.strategy.experimental_local_results
-            data_batch = tree.map_structure(lambda x: local(x)[0], next(batches))
+            spec = iterator._distributed_dataset.element_spec
+            data_batch = tree.map_structure(hooks.of_first_replica, spec)
         with self.strategy.scope():
             self.model._symbolic_build(data_batch=data_batch)
 
@@ -201,7 +201,7 @@ class _PackedLogs:
     def packed(self, data: Any) -> tf.Tensor:
         logs = self.step(data)
         self.structure = tree.map_structure(lambda _: 0, logs)
-        values = tree.flatten(logs)
+        values = [tf.convert_to_tensor(x) for x in tree.flatten(logs)]
         self.shapes = [x.shape.as_list() for x in values]
         return _joined([tf.cast(x, tf.float32) for x in values])[tf.newaxis]
 

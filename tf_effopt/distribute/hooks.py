@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 from tensorflow.python.distribute.cross_device_utils import CollectiveReplicaLauncher
+from tensorflow.python.distribute.values import PerReplicaSpec
 
 losses: Any = importlib.import_module("keras.src.losses.loss")
 
@@ -40,6 +41,11 @@ def collectives_in_loops() -> Iterator[None]:
         yield
     finally:
         setattr(CollectiveReplicaLauncher, LAUNCHER, default)
+
+
+def of_first_replica(spec: Any) -> Any:
+    """What is known of a tensor's part of a batch on this process's first replica."""
+    return spec._component_specs[0] if isinstance(spec, PerReplicaSpec) else spec
 
 
 def missing() -> list[str]:

@@ -66,6 +66,9 @@ class Engine:
     def check_variable(self, variable: Any) -> None:
         """Raises `ValueError` if this engine can't train `variable`."""
 
+    def check_has_value(self, variable: Any) -> None:
+        """Raises `ValueError` if `variable` isn't initialized yet."""
+
     def build(
         self, state: list[dict | None], model_state: dict[int, dict[str, Any]]
     ) -> None:
@@ -279,7 +282,7 @@ def _describe(
                 transforms=frozenset(
                     number
                     for number, transform in enumerate(optimizer.transforms, 1)
-                    if transform.acts_on(path_of(weight), tuple(weight.shape))
+                    if transform.acts_on(*optimizer._known[i])
                 ),
                 learning_rate_multipliers=multipliers,
                 # A rule that takes `weight_decay` does itself what the stage does.

@@ -139,7 +139,10 @@ def step(inputs: Inputs) -> tuple[list[dict], Outcome]:
         skips = ops.logical_and(proceed, decided.skips)
         # The micro-steps of this update are taken back.
         counted = ops.where(skips, ops.cast(1 - n, counted.dtype), counted)
-        model_before = _where(proceed, decided.model, scalars.model)
+        # Of a step that is skipped only those that decide about it keep a memory.
+        deciding = {x.owner for x in plan.transforms if x.decides}
+        remembered = {k: x for k, x in decided.model.items() if k in deciding}
+        model_before = _where(proceed, scalars.model | remembered, scalars.model)
         proceed = ops.logical_and(proceed, ops.logical_not(skips))
     else:
         model_before = scalars.model

@@ -68,6 +68,18 @@ class TensorFlowEngine(Engine):
                 f"{type(self.strategy).__name__} with {replicas} replica(s)."
             )
 
+    def check_has_value(self, variable: Any) -> None:
+        local = _local(variable)
+        with tf.init_scope():
+            has_value = bool(tf.raw_ops.VarIsInitializedOp(resource=local.handle))
+        if not has_value:
+            raise ValueError(
+                f"{path_of(variable)} has no value yet, and this optimizer keeps "
+                "something that starts at it (an average, or a copy of the weights). "
+                "The model's layers are only now being built, inside of the compiled "
+                "step: call the model on a batch before `fit`."
+            )
+
     def build(
         self, state: list[dict | None], model_state: dict[int, dict[str, Any]]
     ) -> None:

@@ -79,8 +79,7 @@ class Lamb(Optimizer):
         exclude_from_adaptation: list of regular expressions: variables whose
             path has a match anywhere take Adam's step, without the ratio; the
             authors exclude `["bias", "norm"]`. To take them out of the decay,
-            too, call `exclude_from_weight_decay`. Leave a
-            `Sequential`'s own name out: `load_model` takes it off the paths.
+            too, call `exclude_from_weight_decay`.
         **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`. Here
             `weight_decay` is part of the rule.
 

@@ -74,8 +74,7 @@ class Lars(Optimizer):
         exclude_from_adaptation: list of regular expressions: variables whose
             path has a match anywhere take the step of `SGD`. Usually
             `["bias", "norm", "batch_normalization"]`; to take them out of the
-            decay, too, call `exclude_from_weight_decay`. Leave a
-            `Sequential`'s own name out: `load_model` takes it off the paths.
+            decay, too, call `exclude_from_weight_decay`.
         **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`. Here
             `weight_decay` is part of the rule.
 

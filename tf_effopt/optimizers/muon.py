@@ -25,7 +25,7 @@ from tf_effopt.hyperparameters import (
 from tf_effopt.layer_roles import EMBEDDING, HIDDEN, Roles, role_by_path
 from tf_effopt.linalg import orthogonalized
 from tf_effopt.optimizers.adam import adam_rule
-from tf_effopt.paths import matches, paths_and_shapes
+from tf_effopt.paths import matches
 from tf_effopt.rules import Part, Slots
 
 # Amsel et al., 2025, https://arxiv.org/abs/2505.16932: the best quintics, one
@@ -156,8 +156,7 @@ class Muon(Optimizer):
         epsilon: float above 0, of the AdamW inside.
         weight_decay: None, or float of at least 0, of hidden matrices.
         exclude_layers: list of regular expressions: what matches is trained by
-            AdamW, whatever its role. (Leave a `Sequential`'s own name out:
-            `load_model` takes it off the paths.)
+            AdamW, whatever its role.
         exclude_embeddings: bool, whether AdamW trains embeddings.
         muon_a, muon_b, muon_c: floats, the iteration's quintic.
         adam_lr_ratio: float of at least 0, AdamW's learning rate per Muon's.
@@ -281,10 +280,10 @@ class Muon(Optimizer):
             self._warn_of_routing()
 
     def _warn_of_routing(self):
-        known = paths_and_shapes(self._trainable_variables)
+        parts = self.parts(self._known)
         rows = [
             f"{part.name:5}  {path}  {shape}"
-            for (path, shape), part in zip(known, self.parts(known), strict=True)
+            for (path, shape), part in zip(self._known, parts, strict=True)
             if len(shape) > 1
         ]
         if any(row.startswith("muon") for row in rows):
@@ -306,8 +305,8 @@ class Muon(Optimizer):
         # Keras's has one slot for what it takes for matrices, else two, in the
         # order of the variables; its choice isn't ours.
         saved, slots = list(saved), []
-        known = paths_and_shapes(self._trainable_variables)
-        for (path, shape), part in zip(known, self.parts(known), strict=True):
+        parts = self.parts(self._known)
+        for (path, shape), part in zip(self._known, parts, strict=True):
             has_velocity = self._is_adam_of_keras(path, shape)
             theirs, saved = saved[: 1 + has_velocity], saved[1 + has_velocity :]
             if any(x.shape != shape for x in theirs) or len(theirs) < 1 + has_velocity:

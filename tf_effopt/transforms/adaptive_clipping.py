@@ -6,6 +6,8 @@ https://arxiv.org/abs/2102.06171
 
 from __future__ import annotations
 
+import math
+
 from keras import ops
 
 from tf_effopt.hyperparameters import Patterns, Positive
@@ -20,7 +22,10 @@ def unit_norm(x):
     width, inputs, outputs)`; of three axes, `(inputs, heads, size)`, the last
     two are outputs.
     """
-    axes = {0: (), 1: (0,), 2: (0,), 3: (0,)}.get(len(x.shape), range(len(x.shape) - 1))
+    if math.prod(x.shape) == max(x.shape, default=1):
+        axes = range(len(x.shape))  # a vector, whatever axes of 1 it has
+    else:
+        axes = (0,) if len(x.shape) < 4 else range(len(x.shape) - 1)
     if not len(x.shape):
         return ops.abs(x)
     return ops.sqrt(ops.sum(ops.square(x), axis=tuple(axes), keepdims=True))

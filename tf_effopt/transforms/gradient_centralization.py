@@ -12,6 +12,9 @@ from tf_effopt.hyperparameters import Patterns
 from tf_effopt.paths import matches
 from tf_effopt.transforms.base import Transform
 
+# By Keras's names: what mixes rows or channels, and what has its outputs elsewhere.
+EXCLUDED = ("depthwise", "embeddings$", "transpose", "(query|key|value)/kernel$")
+
 
 def centralized(g):
     """Returns `g` less its mean over all axes but the last, that of the outputs."""
@@ -23,7 +26,9 @@ class GradientCentralization(Transform):
 
     The variant is the paper's equation 1, before the rule's moments, for all
     tensors of two axes and more; vectors are left alone. Outputs are the last axis,
-    as in Keras's dense layers and convolutions. With a rule that is linear in the
+    as in Keras's dense layers and convolutions. Where they aren't, in transposed
+    convolutions and in attention's query, key and value, kernels are left alone by
+    default. With a rule that is linear in the
     gradient, such as `SGD`, the sum of a unit's weights then stays as it is.
 
     Keeps no state.
@@ -57,7 +62,7 @@ class GradientCentralization(Transform):
     before = staticmethod(centralized)
     exclude = Patterns()
 
-    def __init__(self, exclude=("depthwise", "embeddings$")):
+    def __init__(self, exclude=EXCLUDED):
         self.exclude = exclude
 
     def acts_on(self, path, shape):
