@@ -160,9 +160,6 @@ class TensorFlowEngine(Engine):
         shape = self.variables[index].shape
         if not is_sparse(gradient):
             gradient = tf.convert_to_tensor(gradient)
-            if self.strategy.num_replicas_in_sync > 1:
-                # One tensor from outside of all replicas would be summed as one.
-                gradient = tf.identity(gradient)
             is_known = gradient.shape.is_fully_defined()
             return gradient if is_known else tf.ensure_shape(gradient, shape)
         if self.optimizer.lazy:
@@ -189,7 +186,9 @@ class TensorFlowEngine(Engine):
             one_host
             and not tf.__internal__.distribute.strategy_supports_no_merge_call()
         ):
-            return context.merge_call(_reduce_on_this_host, args=(gradients,))
+            # One tensor from outside of all replicas would be summed as one.
+            own = [g if is_sparse(g) else tf.identity(g) for g in gradients]
+            return context.merge_call(_reduce_on_this_host, args=(own,))
         return context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
 
     def _all_reduce_each(self, nested: Any) -> Any:
