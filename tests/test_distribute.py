@@ -149,9 +149,6 @@ def test_workers_end_with_the_same_bits(all_cases, case):
         assert first[name].tobytes() == second[name].tobytes(), name
 
 
-# ----------------------------------------------------------- strategies by name
-
-
 def test_plain_numbers_in_logs_are_packed_with_tensors():
     logs = {"loss": tf.constant(2.5), "rate": 0.5, "counts": np.array([1, 2])}
     packed = _PackedLogs(lambda data: logs)
@@ -161,6 +158,9 @@ def test_plain_numbers_in_logs_are_packed_with_tensors():
         "rate": 0.5,
         "counts": [1.0, 2.0],
     }
+
+
+# ----------------------------------------------------------- strategies by name
 
 
 def test_private_names_are_there():

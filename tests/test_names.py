@@ -118,7 +118,7 @@ def test_the_models_own_name_may_be_in_a_pattern(tmp_path):
     model.optimizer.build(model.trainable_variables)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert [v.path for v in loaded.trainable_variables] != ["small/inner/kernel"] * 2
+    assert not any("small" in v.path for v in loaded.trainable_variables)
     assert loaded.optimizer._frozen == {1}
 
 

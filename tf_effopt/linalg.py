@@ -85,8 +85,8 @@ def squares(x: Any, axes: Sequence[int]) -> Any:
 
     A rotation leaves in an element that ought to be 0 about the machine epsilon
     times the norm of those along its axis, and the root mean square of all along
-    the axes together. To
-    divide by such an element's size would make it as large as any other.
+    the axes together. To divide by such an element's size would make it as large as
+    any other.
 
     Args:
         x: a tensor that was `rotated`.

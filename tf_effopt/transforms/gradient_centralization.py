@@ -28,8 +28,8 @@ class GradientCentralization(Transform):
     tensors of two axes and more; vectors are left alone. Outputs are the last axis,
     as in Keras's dense layers and convolutions. Where they aren't, in transposed
     convolutions and in attention's query, key and value, kernels are left alone by
-    default. With a rule that is linear in the
-    gradient, such as `SGD`, the sum of a unit's weights then stays as it is.
+    default. With a rule that is linear in the gradient, such as `SGD`, the sum of a
+    unit's weights then stays as it is.
 
     Keeps no state.
 
