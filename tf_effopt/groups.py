@@ -142,7 +142,7 @@ class Group:
         self._engine = engine
         self.built = True
 
-    def advice_on_change(self, name: str, value: Any) -> str:
+    def advice_on_change(self) -> str:
         """What to do instead of a change that comes too late."""
         return (
             "Go on with an optimizer that has other groups and keeps the state:\n"

@@ -53,15 +53,15 @@ class Hyperparameter:
                     f"`{self.name}` can't change from "
                     f"{values[self.name]!r} to {value!r} after the optimizer "
                     "was built: it decides which state and which operations "
-                    f"the compiled update has. {self.advice(optimizer, value)}"
+                    f"the compiled update has. {self.advice(optimizer)}"
                 )
             optimizer._engine.set_hyperparameter(optimizer, self.name, value)
         values[self.name] = value
 
-    def advice(self, optimizer: Any, value: Any) -> str:
+    def advice(self, optimizer: Any) -> str:
         """What to do where a change comes too late."""
         if hasattr(optimizer, "advice_on_change"):
-            return optimizer.advice_on_change(self.name, value)
+            return optimizer.advice_on_change()
         return (
             f"`optimizer.carry_over(variables, {self.name}=...)` makes an optimizer "
             "with another one, and keeps the state of what it trains as before."
