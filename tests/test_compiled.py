@@ -67,7 +67,7 @@ def test_a_step_is_one_compiled_program(case, options):
 @pytest.mark.parametrize("case", CASES, ids=by_name)
 def test_the_program_has_no_float64(case):
     optimizer, gradients = built(case, **OPTIONS["all"])
-    optimizer.apply(gradients)
+    tf.function(lambda: optimizer.apply(gradients)).get_concrete_function()
     (program,) = programs(optimizer)
     ir = program.run_function.experimental_get_compiler_ir(
         *arguments(optimizer, gradients)

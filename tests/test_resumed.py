@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -37,7 +38,10 @@ def adam(**options) -> tf_effopt.Optimizer:
 
 
 OPTIMIZERS = {
-    **{name: case.make for name, case in BY_NAME.items()},
+    **{
+        name: functools.partial(case.make, weight_decay=0.1, use_ema=True)
+        for name, case in BY_NAME.items()
+    },
     **{
         f"transform_{name}": lambda make=make: adam(transforms=[make()])
         for name, make in TRANSFORMS.items()

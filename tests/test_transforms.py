@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from cases import (
+    BY_NAME,
     CASES,
     TRANSFORMS,
     X,
@@ -304,25 +307,27 @@ def test_wrong_arguments_are_refused(make):
 # ------------------------------------------------------- with optimizers and models
 
 
-@every_transform
-@pytest.mark.parametrize("case", CASES, ids=by_name)
-def test_works_with_every_optimizer(case, name):
+@functools.cache
+def trained(case: str, *transforms: str) -> tuple[np.ndarray, bool]:
+    """The weight at the end, and whether a step went along its gradient."""
     rng = np.random.default_rng(0)
     gradients = rng.normal(size=(8, 6, 4)).astype("float32")
     gradients[5] *= 100.0  # a spike
-    start = rng.normal(size=(6, 4))
+    w = keras.Variable(rng.normal(size=(6, 4)), dtype="float32", name="first")
+    optimizer = BY_NAME[case].make(transforms=[TRANSFORMS[x]() for x in transforms])
+    along = False
+    for g in gradients:
+        before = w.numpy()
+        optimizer.apply([tf.constant(g)], [w])
+        along |= bool(np.any((w.numpy() - before) * g > 0))
+    return w.numpy(), along
 
-    def trained(transforms):
-        """The weight at the end, and whether a step went along its gradient."""
-        w = keras.Variable(start, dtype="float32", name="first")
-        optimizer, along = case.make(transforms=transforms), False
-        for g in gradients:
-            before = w.numpy()
-            optimizer.apply([tf.constant(g)], [w])
-            along |= bool(np.any((w.numpy() - before) * g > 0))
-        return w.numpy(), along
 
-    (changed, _), (plain, along) = trained([TRANSFORMS[name]()]), trained([])
+@every_transform
+@pytest.mark.parametrize("case", CASES, ids=by_name)
+def test_works_with_every_optimizer(case, name):
+    changed, _ = trained(case.name, name)
+    plain, along = trained(case.name)
     assert np.isfinite(changed).all()
     # A rule without momentum never goes along its gradient: nothing to mask.
     without_effect = name == "cautious" and not along

@@ -22,6 +22,10 @@ from cases import CASES
 import tf_effopt
 
 BATCH, STEPS = 8, 20
+# Where variables are placed is nothing to a rule: one of each kind will do, of those
+# with matrices, model-wide numbers, state of another shape or from the weights.
+PLACED = ("elsewhere", "one_device")
+KINDS = ("adam", "adafactor", "muon", "prodigy", "schedule_free_adamw", "soap")
 # Several options at once; each case runs with the first, some with all.
 OPTIONS = {
     "all_at_once": {
@@ -249,6 +253,8 @@ def main() -> None:
     saved = {}
     for way in ways:
         for name, case, options in runs():
+            if way in PLACED and case.name not in KINDS:
+                continue
             model = globals()[f"way_{way}"](case, options)
             for key, value in outcome(model).items():
                 saved[f"{way}|{name}|{key}"] = value
