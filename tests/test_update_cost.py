@@ -53,6 +53,7 @@ def entries(results, competitor):
         ("resnet50", 214, 25_583_592),
         ("transformer", 148, 124_439_808),
         ("matrices", 72, 84_934_656),
+        ("layer", 6, 7_077_888),
         ("digits", 11, 53_226),
         ("small_transformer", 76, 1_271_808),
         ("one_tensor", 1, 100_000_000),
@@ -74,6 +75,32 @@ def test_embedding_ids_repeat():
     ids = workloads.all_workloads()["embedding"].ids()
     assert len(ids) == 256
     assert len(set(ids.tolist())) == 192
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("digits", ["soap"]),
+        ("small_transformer", ["soap"]),
+        ("layer", ["soap_768"]),
+        ("matrices", []),
+        ("one_tensor", []),
+    ],
+)
+def test_soap_is_measured_where_its_first_update_ends_in_time(name, expected):
+    import update_cost
+
+    workload = update_cost.all_workloads()[name]
+    cases = update_cost.cases_of(workload, update_cost.all_cases())
+    assert [case.name for case in cases if case.rule == "SOAP"] == expected
+
+
+def test_a_sample_is_a_full_cycle_of_calls():
+    import update_cost
+
+    cases = update_cost.all_cases()
+    calls = {name: cases[name].calls for name in ("adam", "adam_accumulation", "soap")}
+    assert calls == {"adam": 1, "adam_accumulation": 4, "soap": 10}
 
 
 # ------------------------------------------------------------------ a quick run

@@ -33,9 +33,17 @@ class Case:
     config: dict[str, Any]
 
     @property
-    def calls(self) -> int:
-        """Calls in a full cycle: with accumulation not all of them are alike."""
+    def micro_steps(self) -> int:
+        """Calls in an update."""
         return self.config.get("gradient_accumulation_steps") or 1
+
+    @property
+    def calls(self) -> int:
+        """Calls in a full cycle: not all of them are alike.
+
+        With accumulation some only accumulate; SOAP turns its bases now and then.
+        """
+        return self.micro_steps * (self.config.get("precondition_frequency") or 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,8 +237,8 @@ def _optax_rule(case: Case) -> Any:
     rule = rules[case.rule]()
     if c["global_clipnorm"]:
         rule = optax.chain(optax.clip_by_global_norm(c["global_clipnorm"]), rule)
-    if case.calls > 1:
-        rule = optax.MultiSteps(rule, case.calls)
+    if case.micro_steps > 1:
+        rule = optax.MultiSteps(rule, case.micro_steps)
     return rule
 
 
@@ -347,7 +355,7 @@ class TorchUpdate:
         if self.ids is None:
             for w, g in zip(self.weights, self.gradients, strict=True):
                 # With accumulation `backward` adds to `.grad`: no further state.
-                w.grad = torch.zeros_like(w) if self.case.calls > 1 else g
+                w.grad = torch.zeros_like(w) if self.case.micro_steps > 1 else g
         if self.case.config["use_ema"]:
             self.averages = [w.detach().clone() for w in self.weights]
 
@@ -358,13 +366,13 @@ class TorchUpdate:
         with torch.no_grad():
             if self.ids is not None:
                 self._set_embedding_gradients()
-            if self.case.calls > 1:
+            if self.case.micro_steps > 1:
                 for w, g in zip(self.weights, self.gradients, strict=True):
-                    w.grad.add_(g, alpha=1 / self.case.calls)
-                if self.micro_step % self.case.calls:
+                    w.grad.add_(g, alpha=1 / self.case.micro_steps)
+                if self.micro_step % self.case.micro_steps:
                     return
             self._update()
-            if self.case.calls > 1:
+            if self.case.micro_steps > 1:
                 self.optimizer.zero_grad(set_to_none=False)
 
     def _set_embedding_gradients(self) -> None:

@@ -129,6 +129,9 @@ def all_workloads() -> dict[str, Workload]:
         Workload(
             "matrices", "Hidden matrices of GPT-2 small", tuple(hidden_matrices())
         ),
+        Workload(
+            "layer", "Those of one of its 12 layers", tuple(hidden_matrices(layers=1))
+        ),
         Workload("one_tensor", "One tensor of 100 M", ((10_000, 10_000),)),
         Workload(
             "embedding",
