@@ -354,6 +354,28 @@ def test_large_matrices_go_alone_on_a_cpu(iterated):
     assert iterated[-3:] == [(1, 256, 256), (1, 256, 256), (2, 16, 256)]
 
 
+def test_a_stack_has_only_so_many_matrices(iterated, monkeypatch):
+    """What they are between products stays in a TPU's vector memory."""
+    rng = np.random.default_rng(0)
+    starts, gradients = rng.normal(size=(2, 5, 8, 8)).astype("float32")
+
+    def stepped() -> list[np.ndarray]:
+        weights = [keras.Variable(w, name="kernel") for w in starts]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plain_muon().apply(list(gradients), weights)
+        return [w.numpy() for w in weights]
+
+    together = stepped()
+    assert iterated[-1:] == [(5, 8, 8)]
+    monkeypatch.setattr("tf_effopt.engine.matrices.MOST_STACKED", 2 * 8 * 8 + 1)
+    np.testing.assert_allclose(stepped(), together, atol=1e-6)
+    assert iterated[-3:] == [(2, 8, 8), (2, 8, 8), (1, 8, 8)]
+    monkeypatch.setattr("tf_effopt.engine.matrices.MOST_STACKED", 1)
+    np.testing.assert_allclose(stepped(), together, atol=1e-6)
+    assert iterated[-5:] == [(1, 8, 8)] * 5
+
+
 def singular_values(**settings) -> np.ndarray:
     """Of Muon's step of a matrix with 8 inputs and 24 outputs."""
     w = keras.Variable(np.zeros((8, 24), "float32"), name="kernel")

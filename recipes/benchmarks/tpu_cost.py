@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import keras
 import numpy as np
+from workloads import hidden_matrices
 
 import tf_effopt
 from recipes import image_data, image_models
@@ -91,6 +92,16 @@ def cases(topologies: Sequence[str]) -> Iterator[tuple[str, Compile]]:
                     f"keras {name} {options} {topology}",
                     functools.partial(compile_update, make, topology),
                 )
+            for name, make in {
+                "Muon": functools.partial(gpt2_matrices, tf_effopt.Muon),
+                "keras Muon": functools.partial(
+                    gpt2_matrices, keras.optimizers.Muon, exclude_layers=["head"]
+                ),
+            }.items():
+                yield (
+                    f"{name} of GPT-2's matrices {topology}",
+                    functools.partial(compile_update, make, topology),
+                )
         for name in ("mlp", "cnn", "resnet"):
             make = functools.partial(recipe_model, name)
             yield (
@@ -101,6 +112,16 @@ def cases(topologies: Sequence[str]) -> Iterator[tuple[str, Compile]]:
 
 def resnet50(cls: type, **options) -> keras.Model:
     model = keras.applications.ResNet50(weights=None, classifier_activation=None)
+    return compiled(model, cls, **options)
+
+
+def gpt2_matrices(cls: type, **options) -> keras.Model:
+    """Layers with the hidden matrices of GPT-2 small, and an output layer."""
+    x = inputs = keras.Input((768,))
+    for shape in hidden_matrices():
+        x = keras.layers.Dense(shape[1], use_bias=False)(x)
+    outputs = keras.layers.Dense(10, name="head")(x)
+    model = keras.Model(inputs, outputs, name="gpt2_matrices")
     return compiled(model, cls, **options)
 
 

@@ -15,6 +15,8 @@ from tf_effopt.engine.plan import Arguments
 from tf_effopt.rules import Matrices
 
 LARGE = 256 * 256  # elements of a matrix whose products keep a CPU busy
+# Elements of a stack: what is between its products stays in a TPU's vector memory.
+MOST_STACKED = 2 * 2**20
 
 
 class View:
@@ -97,10 +99,28 @@ def matrix_steps(
             if math.prod(views[i].matrix) >= LARGE and not stacks_all:
                 key += (i,)
             alike.setdefault(key, []).append(i)
+    most = MOST_STACKED * (share.replicas if share is not None else 1)
     steps = {}
-    for members in alike.values():
-        steps |= _together(inputs, members, views, state, gradients, arguments, share)
+    for every in alike.values():
+        for members in _stacks(every, views, most):
+            steps |= _together(
+                inputs, members, views, state, gradients, arguments, share
+            )
     return steps
+
+
+def _stacks(members: list[int], views: dict[int, View], most: int) -> list[list[int]]:
+    """The members in order, as many in each stack as have at most `most` elements."""
+    stacks: list[list[int]] = []
+    size = most
+    for i in members:
+        elements = math.prod(views[i].shape)
+        if size + elements > most:
+            stacks.append([])
+            size = 0
+        stacks[-1].append(i)
+        size += elements
+    return stacks
 
 
 def _together(
