@@ -22,9 +22,26 @@ class CheckpointError(Exception):
     """A checkpoint can't be read, or belongs to another run."""
 
 
+def unreadable(path: Path, what: str, error: Exception) -> CheckpointError:
+    """What to raise for a file that isn't what it should be."""
+    return CheckpointError(
+        f"{path} can't be read as {what} ({error}). Move it away, or pass --overwrite "
+        "to start anew."
+    )
+
+
 def fingerprint(path: Path) -> int:
-    """A number below a million that tells one checkpoint from another, 0 for none."""
-    return 1 + zlib.crc32(path.read_bytes()) % 999_999 if path.exists() else 0
+    """A number below a million that tells one checkpoint from another, 0 for none.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
+    if not path.exists():
+        return 0
+    try:
+        return 1 + zlib.crc32(path.read_bytes()) % 999_999
+    except OSError as error:
+        raise unreadable(path, "a checkpoint", error) from error
 
 
 def write(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
@@ -58,10 +75,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
             arrays = {name: file[name] for name in file.files}
         return json.loads(arrays.pop(HEADER).tobytes()), arrays
     except Exception as error:
-        raise CheckpointError(
-            f"{path} can't be read as a checkpoint ({error}). Move it away, or "
-            "pass --overwrite to start anew."
-        ) from error
+        raise unreadable(path, "a checkpoint", error) from error
 
 
 def check_same_run(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -139,10 +139,14 @@ class Run:
         """The results, if this run is through: they are written last."""
         if not self.metrics.exists():
             return None
-        results = json.loads(self.metrics.read_text())
-        checkpoint.check_same_run(
-            self.metrics, results["configuration"], self.configuration
-        )
+        try:
+            results = json.loads(self.metrics.read_text())
+            configuration = dict(results["configuration"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise checkpoint.unreadable(
+                self.metrics, "the results of a run", error
+            ) from error
+        checkpoint.check_same_run(self.metrics, configuration, self.configuration)
         return results
 
     def restore(self, model: keras.Model) -> None:

@@ -32,6 +32,7 @@ FEW = [
     "accumulation",
     "even_batches",
     "an_empty_replica_in_a_loop",
+    "an_empty_replica_of_losses_and_means",
     "generator",
     "prediction",
     "infinite",

@@ -53,6 +53,20 @@ def assert_far(values: Any, others: Any) -> None:
     )
 
 
+def test_weights_loaded_before_the_first_batch_go_on(tmp_path):
+    """Saved at x: the first gradient is taken at y, as without the interruption."""
+    whole = compiled()
+    fit(whole, epochs=2, callbacks=[EvaluationWeights()])
+    whole.save_weights(tmp_path / "half.weights.h5")
+    fit(whole, epochs=2, callbacks=[EvaluationWeights()])
+    resumed = compiled()
+    resumed.load_weights(tmp_path / "half.weights.h5")
+    with pytest.raises(ValueError, match=r"call `optimizer\.build"):
+        resumed.optimizer.use_training_weights()
+    fit(resumed, epochs=2, callbacks=[EvaluationWeights()])
+    assert_identical(arrays(resumed.variables), arrays(whole.variables))
+
+
 class Remember(keras.callbacks.Callback):
     """Keeps the weights at the start and after each batch."""
 

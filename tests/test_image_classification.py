@@ -290,7 +290,7 @@ def test_on_jax_two_devices_train_as_one_does(tmp_path, data_dir):
 # ------------------------------------------------------------------ bad input
 
 
-FOLDERS = ("partial", "broken", "unreadable", "file")
+FOLDERS = ("partial", "broken", "unreadable", "foreign", "nested", "file")
 BAD_INPUT = {
     "optimizer": (
         ["--optimizer", "AdmaW"],
@@ -347,6 +347,14 @@ BAD_INPUT = {
         ["--output-dir", "{unreadable}"],
         ["can't be read as a checkpoint", "--overwrite"],
     ),
+    "results": (
+        ["--output-dir", "{foreign}"],
+        ["metrics.json can't be read as the results", "--overwrite"],
+    ),
+    "folder": (
+        ["--output-dir", "{nested}"],
+        ["can't be read as a checkpoint", "--overwrite"],
+    ),
     "output": (["--output-dir", "{file}"], ["--output-dir"]),
 }
 
@@ -355,8 +363,10 @@ BAD_INPUT = {
 def bad_runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("bad")
     folders = {name: str(root / name) for name in FOLDERS}
-    for name in ("partial", "broken", "unreadable"):
+    for name in ("partial", "broken", "unreadable", "foreign", "nested"):
         Path(folders[name]).mkdir()
+    Path(folders["foreign"], "metrics.json").write_text('{"accu')
+    Path(folders["nested"], "checkpoint.npz").mkdir()
     Path(folders["file"]).write_text("not a folder")
     Path(folders["unreadable"], "checkpoint.npz").write_bytes(b"PK")
     files = [

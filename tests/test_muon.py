@@ -345,6 +345,47 @@ def test_matrices_of_a_shape_go_together(iterated):
     assert not any(shape == (1, 8, 8) for shape in iterated[-4:])
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_transposed_convolution_is_known_by_its_layer(rank):
+    make = getattr(keras.layers, f"Conv{rank}DTranspose")
+    inputs = keras.Input((4,) * rank + (6,))
+    outputs = make(2, 3, name="image")(make(5, 3, name="decoder")(inputs))
+    model = keras.Model(inputs, outputs)
+    roles = tf_effopt.roles(model)
+    decoder, image = (model.get_layer(name).kernel for name in ("decoder", "image"))
+    hidden = roles.role(decoder.path, tuple(decoder.shape))
+    assert hidden.kind == "hidden"
+    assert hidden.matrices.inputs == (*range(rank), rank + 1)
+    assert hidden.matrices.outputs == (rank,)
+    assert roles.role(image.path, tuple(image.shape)).kind == "head"
+
+
+def test_a_models_name_makes_no_embedding():
+    class Mix(keras.layers.Layer):
+        def build(self, shape):
+            self.kernel = self.add_weight(shape=(shape[-1], 4), name="kernel")
+
+        def call(self, x):
+            return x @ self.kernel
+
+    tower = keras.Sequential(
+        [keras.Input((4,)), Mix(name="mix")], name="embedding_tower"
+    )
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(2)(tower(inputs)))
+    (path,) = (w.path for w in tower.weights)
+    assert tf_effopt.roles(model).role(path, (4, 4)).kind == "hidden"
+
+
+def test_a_matrix_without_elements_stays():
+    weights = [keras.Variable(np.zeros((0, 3))), keras.Variable(np.zeros((2, 2)))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain_muon().apply([np.zeros((0, 3)), np.ones((2, 2))], weights)
+    assert weights[0].shape == (0, 3)
+    assert np.all(weights[1].numpy() != 0)
+
+
 def test_large_matrices_go_alone_on_a_cpu(iterated):
     shapes = [(256, 256), (256, 256), (16, 256), (16, 256)]
     weights = [keras.Variable(np.zeros(shape), name="kernel") for shape in shapes]

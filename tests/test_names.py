@@ -127,15 +127,49 @@ def variables(*names, shape=(2,)):
 
 
 def test_the_same_paths_in_another_order_are_themselves():
-    saved = [("a", (2,)), ("b", (2,))]
-    assert known_by(variables("b", "a"), saved) == [("b", (2,)), ("a", (2,))]
-    assert known_by(variables("c", "a"), saved) == saved
+    saved = [("dense", (2,)), ("dense_1", (2,))]
+    assert known_by(variables("dense_1", "dense"), saved) == saved[::-1]
+    assert known_by(variables("dense_1", "dense_2"), saved) == saved
+
+
+def blocks(*names: str) -> keras.Sequential:
+    layers = [keras.layers.Dense(4, name=name) for name in names]
+    return keras.Sequential([keras.Input((4,)), *layers], name="blocks")
+
+
+def test_only_automatic_names_are_made_anew():
+    """A layer that the user named is no other one because its shape is the same."""
+    model = blocks("backbone", "adapter", "out")
+    optimizer = tf_effopt.SGD(groups=[tf_effopt.Group("backbone", frozen=True)])
+    optimizer.build(model.trainable_variables)
+    for names, frozen in (
+        (("adapter", "backbone", "out"), {2, 3}),
+        (("first", "backbone_2", "out"), {2, 3}),
+    ):
+        other = tf_effopt.SGD.from_config(optimizer.get_config())
+        other.build(blocks(*names).trainable_variables)
+        assert other._frozen == frozen
+
+
+def test_carry_over_knows_the_variables_themselves():
+    """Blocks of the same shapes, trained in turn."""
+    model = blocks("block1", "block2")
+    first, second = model.layers
+    slow = tf_effopt.Group("block1", learning_rate_multiplier=0.1, optional=True)
+    optimizer = tf_effopt.SGD(0.1, momentum=0.9, groups=[slow])
+    optimizer.build(first.trainable_variables)
+    optimizer = optimizer.carry_over(second.trainable_variables)
+    assert "block2/kernel" in optimizer.describe()
+    assert all(not v.learning_rate_multipliers for v in optimizer._engine.variables)
+    optimizer = optimizer.carry_over(model.trainable_variables)
+    counts = [len(v.learning_rate_multipliers) for v in optimizer._engine.variables]
+    assert counts == [1, 1, 0, 0]
 
 
 def test_variables_of_other_shapes_are_known_by_their_own_paths():
-    saved = [("a", (2,)), ("b", (2,))]
-    assert known_by(variables("c", "d", shape=(3,)), saved) == [
-        ("c", (3,)),
-        ("d", (3,)),
+    saved = [("dense", (2,)), ("dense_1", (2,))]
+    assert known_by(variables("dense_3", "dense_4", shape=(3,)), saved) == [
+        ("dense_3", (3,)),
+        ("dense_4", (3,)),
     ]
-    assert known_by(variables("c"), saved) == [("c", (2,))]
+    assert known_by(variables("dense_3"), saved) == [("dense_3", (2,))]

@@ -125,7 +125,21 @@ def test_weights_from_file_wait_for_build(name, our_run):
     model = cases.compiled_model(BY_NAME[name].make(**SETTINGS))
     model.load_weights(f"{run.stem}.weights.h5")
     assert not model.optimizer.built
+    assert int(model.optimizer.iterations) == STEPS
     assert_identical(cases.train(model, STEPS), run.expected)
+
+
+def test_a_learning_rate_set_after_loading_holds(our_run):
+    """As a scheduler does at the start of an epoch, before the first batch builds."""
+    run = our_run(BY_NAME["adam"])
+    model = cases.compiled_model(BY_NAME["adam"].make(**SETTINGS))
+    model.load_weights(f"{run.stem}.weights.h5")
+    model.optimizer.learning_rate = 0.0
+    before = arrays(model.weights)
+    cases.train(model, STEPS)
+    for value, old in zip(arrays(model.weights), before, strict=True):
+        np.testing.assert_array_equal(value, old)
+    assert int(model.optimizer.iterations) == 2 * STEPS
 
 
 def test_state_loaded_before_build_is_there_after_build():

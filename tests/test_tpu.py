@@ -192,6 +192,66 @@ def test_wrong_arguments():
         tpu.compile_update(lambda: keras.Sequential([keras.layers.Dense(1)]))
 
 
+def sequential(loss):
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
+    model.compile("adam", loss)
+    return model
+
+
+def two_outputs(loss):
+    inputs = {"a": keras.Input((8,)), "b": keras.Input((5,), dtype="int32")}
+    outputs = [
+        keras.layers.Dense(3, name="kind")(inputs["a"]),
+        keras.layers.Dense(1, name="size")(inputs["a"]),
+    ]
+    model = keras.Model(inputs, outputs)
+    model.compile("adam", loss)
+    return model
+
+
+SPARSE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "y"),
+    [
+        (sequential("mse"), [((4, 3), "float32")]),
+        (sequential(SPARSE), [((4,), "int32")]),
+        (sequential("sparse_categorical_crossentropy"), [((4,), "int32")]),
+        (
+            sequential(keras.losses.sparse_categorical_crossentropy),
+            [((4,), "int32")],
+        ),
+        (two_outputs("mse"), [((4, 3), "float32"), ((4, 1), "float32")]),
+        (two_outputs([SPARSE, "mse"]), [((4,), "int32"), ((4, 1), "float32")]),
+        (
+            two_outputs({"size": "mae", "kind": SPARSE}),
+            [((4,), "int32"), ((4, 1), "float32")],
+        ),
+    ],
+)
+def test_targets_are_guessed_by_the_loss_of_each_output(model, y):
+    from tf_effopt.tpu import steps
+
+    inputs, targets = steps._data_of(model, 4)
+    assert [(tuple(t.shape), t.dtype.name) for t in tf.nest.flatten(targets)] == y
+    shapes = [tuple(t.shape) for t in tf.nest.flatten(inputs)]
+    assert shapes == [(4, 8), (4, 5)][: len(shapes)]
+
+
+def raises():
+    raise RuntimeError("my own trouble")
+
+
+def test_trouble_in_the_users_function_is_shown(monkeypatch, capsys):
+    monkeypatch.setattr(compiler, "check_installed", lambda: None)
+    monkeypatch.setattr(compiler, "topology_devices", lambda topology: [None] * 4)
+    assert main(["--model", "test_tpu:raises"]) == 2
+    error = capsys.readouterr().err
+    assert "my own trouble" in error and "in raises" in error
+    assert error.endswith("error: --model test_tpu:raises failed, see above\n")
+
+
 def test_without_libtpu_the_error_names_the_extra(monkeypatch, capsys):
     def absent(package):
         raise importlib.metadata.PackageNotFoundError(package)

@@ -163,6 +163,21 @@ def an_empty_replica_in_a_loop(case):
     case.fit(adam, x=X[:ONE_MORE], y=Y[:ONE_MORE], compile_options=options)
 
 
+def an_empty_replica_of_losses_and_means(case):
+    """Neither a loss for each example nor a metric that is a mean has a number there."""
+    case.fit(
+        adam,
+        x=X[:ONE_MORE],
+        y=Y[:ONE_MORE],
+        loss=keras.losses.MeanSquaredError(reduction=None),
+        compile_options={"metrics": [mean_of_ones]},
+    )
+
+
+def mean_of_ones(y, predicted):
+    return keras.ops.mean(keras.ops.ones_like(predicted))
+
+
 def class_weights(case):
     case.fit(
         adam,
@@ -414,6 +429,7 @@ CASES = [
     steps_per_execution,
     an_empty_replica,
     an_empty_replica_in_a_loop,
+    an_empty_replica_of_losses_and_means,
     class_weights,
     sample_weights,
     means_by_sample_weight,

@@ -35,7 +35,7 @@ from tf_effopt.hyperparameters import (
     Positive,
     Switch,
 )
-from tf_effopt.paths import known_by, path_of
+from tf_effopt.paths import known_by, path_of, paths_and_shapes
 from tf_effopt.precision import ROUNDINGS, compute_dtype, is_narrow
 from tf_effopt.rules import Evaluation, ModelRule, Part, Slot, Slots, slot_groups
 from tf_effopt.selection import Selection, Trained, decay_exclusions
@@ -270,7 +270,7 @@ class Optimizer(keras.optimizers.Optimizer):
                 self._engine.build(state, self._build_model_state(state))
         if self._state_to_load is not None:
             with self._engine.building():
-                self._assign_state(self._state_to_load)
+                self._assign_state(self._pending_state())
             self._state_to_load = None
 
     def _find_members(self, trained: Trained) -> None:
@@ -539,6 +539,15 @@ class Optimizer(keras.optimizers.Optimizer):
             An optimizer with this one's settings, built on `variables`.
         """
         other = self._unbuilt_copy(groups=groups, settings=settings)
+        if other._known and self.built:
+            own = {
+                self._var_key(v): known
+                for v, known in zip(self._trainable_variables, self._known, strict=True)
+            }
+            other._known = [
+                own.get(self._var_key(v), known)
+                for v, known in zip(variables, paths_and_shapes(variables), strict=True)
+            ]
         other.build(variables)
         if not self.built:
             return other
@@ -573,7 +582,9 @@ class Optimizer(keras.optimizers.Optimizer):
             other._known = self._known
         other._engine.divides_matrices = self._engine.divides_matrices
         other._engine.gradient_dtype = self._engine.gradient_dtype
-        other._state_to_load = self._state_to_load
+        if self._state_to_load is not None:
+            other._state_to_load = self._state_to_load
+            other._iterations.assign(keras.ops.copy(self._iterations.value))
         return other
 
     def __deepcopy__(self, memo: dict) -> Optimizer:
@@ -667,7 +678,15 @@ class Optimizer(keras.optimizers.Optimizer):
         return bool(float(keras.ops.convert_to_numpy(mark)) > 0)
 
     def _switch(self, to_evaluation: bool) -> None:
-        if self.evaluation is None or not self.built:
+        if self.evaluation is None:
+            return
+        if not self.built:
+            if self._state_to_load is not None:
+                raise ValueError(
+                    f"{self.name}: which weights are in place is part of the state that "
+                    "was loaded and waits for `build`: call "
+                    "`optimizer.build(model.trainable_variables)` first."
+                )
             return
         steps = int(keras.ops.convert_to_numpy(self._iterations))
         if steps and self.is_evaluating != to_evaluation:
@@ -756,13 +775,14 @@ class Optimizer(keras.optimizers.Optimizer):
         if self._state_to_load is None:
             super().save_own_variables(store)
             return
-        for i, value in enumerate(self._state_to_load):
+        for i, value in enumerate(self._pending_state()):
             store[str(i)] = value
 
     def load_own_variables(self, store: Any) -> None:
         """Loads the state that this class, or Keras's own of its name, saved.
 
-        An optimizer that isn't built yet keeps it until it is.
+        An optimizer that isn't built yet keeps it until it is, but for the number of
+        updates and the learning rate, which are in place at once.
 
         Raises:
             ValueError: the state is that of another optimizer or model.
@@ -772,15 +792,32 @@ class Optimizer(keras.optimizers.Optimizer):
             self._assign_state(state)
         elif len(state) > len(self.variables):
             self._state_to_load = state
+            for variable, value in zip(self.variables, state, strict=False):
+                if value.shape == ():  # else it isn't this optimizer's: `build` says so
+                    variable.assign(value)
         else:
             self._assign_state(state)
             if int(self._iterations) > 0:
                 # It has trained, so `build` must not add slots to this state.
                 self._state_to_load = state
 
+    def _pending_state(self) -> list[np.ndarray]:
+        """The state that waits for `build`; what may have changed since, as it is now."""
+        state, unbuilt = list(self._state_to_load), 1 + self._has_own_learning_rate()
+        for i, (variable, value) in enumerate(
+            zip(self.variables[:unbuilt], state[:unbuilt], strict=False)
+        ):
+            if value.shape == ():
+                state[i] = keras.ops.convert_to_numpy(variable)
+        return state
+
+    def _has_own_learning_rate(self) -> bool:
+        """Whether it is a number that can be changed, and is saved."""
+        return isinstance(self._learning_rate, keras.Variable)
+
     def _assign_state(self, state: list[np.ndarray]) -> None:
         variables = self.variables
-        unbuilt = 1 + isinstance(self._learning_rate, keras.Variable)
+        unbuilt = 1 + self._has_own_learning_rate()
         if len(state) == unbuilt and int(state[0]) == 0:
             variables = variables[:unbuilt]  # It was saved before `build`.
         if not saving.fits(state, variables):

@@ -309,7 +309,7 @@ def _known_weights(layer: Any) -> Iterator[tuple[str, Callable[[Any], Role]]]:
     elif isinstance(layer, keras.layers.Dense):
         yield "_kernel", _last_axis_role
     elif isinstance(layer, TRANSPOSED):
-        yield "_kernel", _transposed
+        yield "kernel", _transposed
     elif isinstance(layer, DEPTHWISE):
         yield "kernel", lambda shape: Role(OTHER)
     elif isinstance(layer, SEPARABLE):
@@ -414,7 +414,7 @@ def role_by_path(path: str, shape: tuple[int, ...]) -> Role:
     """The role as far as Keras's names tell it; heads aren't known by name."""
     *layers, name = path.lower().split("/")
     layer = layers[-1] if layers else ""
-    if "embedding" in path.lower():
+    if "embedding" in f"{layer}/{name}":  # A model's name tells nothing.
         return Role(EMBEDDING, _last_axis_out(shape))
     known = "alpha|bias|gamma|beta|scale|lora|depthwise"
     if len(shape) < 2 or re.search(known, name):

@@ -34,12 +34,18 @@ def known_by(
 
     `load_model` makes the automatic names of layers within layers anew, and takes
     that of a `Sequential` off. Variables of other paths than those `saved`, but of
-    the same shapes in the same order, are taken for them.
+    the same shapes and, numbers apart, of layers of the same names in the same order,
+    are taken for them.
     """
     now = paths_and_shapes(variables)
-    is_alike = [shape for _, shape in now] == [shape for _, shape in saved]
+    is_alike = [_kind(*x) for x in now] == [_kind(*x) for x in saved]
     is_renamed = sorted(path for path, _ in now) != sorted(path for path, _ in saved)
     return list(saved) if is_alike and is_renamed else now
+
+
+def _kind(path: str, shape: tuple[int, ...]) -> tuple[list[str], tuple[int, ...]]:
+    """What automatic names leave of a path's layer and variable, and the shape."""
+    return [re.sub(r"_\d+$", "", part) for part in path.split("/")[-2:]], shape
 
 
 def matches(patterns: Iterable[str], path: str) -> bool:

@@ -29,7 +29,8 @@ def check_fits(name: str, state: list[np.ndarray], variables: list[Any]) -> None
         "Use the class, the arguments that decide on state (momentum, "
         "amsgrad, use_ema, gradient_accumulation_steps, a learning rate "
         "that is a number) and the trainable variables that it was saved "
-        "with; or `compile` anew after loading, to start with no state."
+        "with; or start with no state: `load_model(path, compile=False)`, "
+        "then `compile`."
     )
 
 

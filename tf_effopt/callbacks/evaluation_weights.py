@@ -55,6 +55,9 @@ class EvaluationWeights(keras.callbacks.Callback):
         if keras.backend.backend() == "jax":
             # Keras's JAX trainer keeps all state in its own loop: take it first.
             self.model.jax_state_sync()
+        if self.model.built and not self.model.optimizer.built:
+            # A state that was loaded waits for it, and tells which weights it has.
+            self.model.optimizer.build(self.model.trainable_variables)
         if evaluation:
             optimizer.use_evaluation_weights()
         else:

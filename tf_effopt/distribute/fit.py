@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -37,7 +38,8 @@ def prepare(model: keras.Model) -> keras.Model:
       device; with sample weights, class weights and masks, too. (Keras takes the mean
       of the replicas' means.) A loss function that returns a scalar is taken for a
       mean over the examples; what layers add (`add_loss`, regularizers) counts by the
-      share of examples. A `train_step` of your own gets this by calling
+      share of examples, and needs a finite gradient where there is none: a weight
+      times a mean has none there, and the step is skipped. A `train_step` of your own gets this by calling
       `self.compute_loss`, which returns this replica's part of the loss: log it times
       `strategy.num_replicas_in_sync`.
     - Metrics are those of all examples, if their state adds up, as that of Keras's
@@ -150,7 +152,7 @@ class _Adapter:
         @functools.wraps(step)
         def counted_step(data: Any) -> Any:
             first = next(x for x in tree.flatten(data) if x is not None)
-            with shares.counted(first):
+            with shares.counted(first), self._metrics_of_examples(first):
                 logs = step(data)
             return self._with_metrics_of_all(logs)
 
@@ -164,6 +166,22 @@ class _Adapter:
                 return run(iterator)
 
         return function
+
+    @contextlib.contextmanager
+    def _metrics_of_examples(self, batch: Any) -> Iterator[None]:
+        """Within, metrics stay as they are on a replica without examples.
+
+        A mean over none isn't a number, and would stay in their sums.
+        """
+        if not shares.may_be_empty(batch):
+            yield
+            return
+        variables = self.model.metrics_variables
+        before = [tf.identity(tf.convert_to_tensor(v)) for v in variables]
+        yield
+        is_empty = tf.equal(tf.shape(batch)[0], 0)
+        for v, old in zip(variables, before, strict=True):
+            v.assign(tf.where(is_empty, old, tf.convert_to_tensor(v)))
 
     def _packing_logs(self, step: Callable) -> Callable:
         logs = _PackedLogs(step)

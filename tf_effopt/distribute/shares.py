@@ -36,15 +36,23 @@ def counted(batch: Any) -> Iterator[None]:
     Args:
         batch: a tensor of this replica's data, whose first dimension counts them.
     """
-    if batch.shape[0] is None or tf.executing_eagerly():
+    if may_be_empty(batch):
         count = tf.cast(tf.shape(batch)[0], tf.float32)
         _here.share = count / summed(count)
-    else:  # A size that a graph knows is the same on all replicas.
+    else:
         _here.share = tf.constant(1 / tf.distribute.get_strategy().num_replicas_in_sync)
     try:
         yield
     finally:
         _here.share = None
+
+
+def may_be_empty(batch: Any) -> bool:
+    """Whether a replica may have none of a batch's examples.
+
+    A size that a graph knows is the same on all replicas.
+    """
+    return batch.shape[0] is None or tf.executing_eagerly()
 
 
 def summed(x: tf.Tensor) -> tf.Tensor:

@@ -112,10 +112,10 @@ def matrix_steps(
 def _stacks(members: list[int], views: dict[int, View], most: int) -> list[list[int]]:
     """The members in order, as many in each stack as have at most `most` elements."""
     stacks: list[list[int]] = []
-    size = most
+    size = 0
     for i in members:
         elements = math.prod(views[i].shape)
-        if size + elements > most:
+        if not stacks or size + elements > most:
             stacks.append([])
             size = 0
         stacks[-1].append(i)

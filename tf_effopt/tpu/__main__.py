@@ -5,7 +5,8 @@
 
 `--model` names a function that makes a Keras model, built and, without
 `--optimizer`, compiled; it is that of ResNet-50 by default. With `--batch-size`
-whole training steps are compiled, without it the optimizers' updates.
+whole training steps are compiled, for which it has to be compiled with its loss in
+any case; without it the optimizers' updates.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import inspect
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -28,6 +30,10 @@ import keras
 import tf_effopt
 from tf_effopt.tpu import compiler, report
 from tf_effopt.tpu.steps import compile_train_step, compile_update
+
+
+class ModelFailed(Exception):
+    """The user's function raised what is its cause."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         compile_train_step(make, options.batch_size, topology)
                     )
                 print(reports[-1], flush=True)
+    except ModelFailed as failure:
+        traceback.print_exception(failure.__cause__)
+        print(
+            f"tf_effopt.tpu: error: --model {options.model} failed, see above",
+            file=sys.stderr,
+        )
+        return 2
     except (ImportError, AttributeError, ValueError) as error:
         print(f"tf_effopt.tpu: error: {error}", file=sys.stderr)
         return 2
@@ -73,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         metavar="MODULE:FUNCTION",
         default="tf_effopt.tpu.__main__:resnet50",
+        help="a function that makes a model; see above",
     )
     parser.add_argument(
         "--optimizer",
@@ -104,14 +118,20 @@ def _named(name: str) -> Callable[[], keras.Model]:
 
 def _with_optimizer(make_model: Callable, name: str | None) -> keras.Model:
     """The model, with an optimizer of tf_effopt if one is named."""
-    model = make_model()
-    if name is not None:
+    try:
+        model = make_model()
+    except Exception as error:
+        raise ModelFailed from error
+    if name is not None and isinstance(model, keras.Model):
         cls = getattr(tf_effopt, name, None)
         if not (isinstance(cls, type) and issubclass(cls, tf_effopt.Optimizer)):
             raise ValueError(f"tf_effopt has no optimizer {name!r}.")
         takes_roles = "roles" in inspect.signature(cls.__init__).parameters
         roles = {"roles": tf_effopt.roles(model)} if takes_roles else {}
-        model.compile(cls(**roles), model.loss if model.compiled else None)
+        if model.compiled:  # its losses and metrics stay
+            model.optimizer = cls(**roles)
+        else:
+            model.compile(cls(**roles))
     return model
 
 

@@ -130,20 +130,53 @@ def _data_of(model: keras.Model, batch_size: int) -> tuple:
     def spec(shape: Sequence[int | None], dtype: str) -> tf.TensorSpec:
         if None in shape[1:]:
             raise ValueError(
-                f"A program for TPU has fixed shapes. {model.name} takes {shape}: pass "
-                "`data=(x, y)` with the shapes of one device's part of a batch."
+                f"A program for TPU has fixed shapes. {model.name} takes {shape}: give it "
+                "an input of a fixed shape, or pass `data=(x, y)` to "
+                "`compile_train_step`, with those of one device's part of a batch."
             )
         return tf.TensorSpec((batch_size, *shape[1:]), dtype)
 
-    x = keras.tree.map_structure(lambda t: spec(t.shape, t.dtype), model.input)
-    loss = model.loss
-    named = loss if isinstance(loss, str) else type(loss).__name__
-    sparse = named.lower().replace("_", "").startswith("sparse")
+    def target(t: keras.KerasTensor, loss: Any) -> tf.TensorSpec:
+        if _takes_class_numbers(loss):
+            return spec(t.shape[:-1], "int32")
+        return spec(t.shape, "float32")
 
-    def target(t: keras.KerasTensor) -> tf.TensorSpec:
-        return spec(t.shape[:-1], "int32") if sparse else spec(t.shape, "float32")
+    if isinstance(model, keras.Sequential):  # It has no `input`.
+        (inputs,), (outputs,) = model.inputs, model.outputs
+    else:
+        inputs, outputs = model.input, model.output
+    x = keras.tree.map_structure(lambda t: spec(t.shape, t.dtype), inputs)
+    flat = keras.tree.flatten(outputs)
+    losses = _losses_of(model, outputs, len(flat))
+    if len(losses) != len(flat):
+        raise ValueError(
+            f"{model.name} has {len(flat)} outputs and {len(losses)} losses: pass "
+            "`data=(x, y)` to `compile_train_step`."
+        )
+    y = [target(*pair) for pair in zip(flat, losses, strict=True)]
+    return x, keras.tree.pack_sequence_as(outputs, y)
 
-    return x, keras.tree.map_structure(target, model.output)
+
+def _losses_of(model: keras.Model, outputs: Any, count: int) -> list[Any]:
+    """The loss of each output, in the order of the outputs flattened."""
+    if isinstance(model.loss, dict):
+        by_key = isinstance(outputs, dict)
+        names = sorted(outputs) if by_key else model.output_names
+        return [model.loss.get(name) for name in names]
+    if isinstance(model.loss, list | tuple):
+        return list(model.loss)
+    return [model.loss] * count
+
+
+def _takes_class_numbers(loss: Any) -> bool:
+    """By its name: `loss` is one, a function, or an object."""
+    function = getattr(loss, "fn", loss)
+    names = [loss, getattr(function, "__name__", ""), type(loss).__name__]
+    return any(
+        name.lower().replace("_", "").startswith("sparse")
+        for name in names
+        if isinstance(name, str)
+    )
 
 
 def _blank(
