@@ -47,8 +47,8 @@ class Group:
     `exclude_from_weight_decay` wins over each group's decay.
 
     Groups are saved with the optimizer: patterns as they are, variables and
-    layers by their paths. Where `load_model` names layers anew, the old paths
-    count, as long as shapes and order are the same.
+    layers by their paths. Where `load_model` numbers automatic names anew, the old
+    paths count, as long as shapes, order and the rest of the names are the same.
     `print(optimizer.describe())` shows what became of them.
 
     When not to use it: to freeze a layer for all of the training, rather set its
