@@ -92,8 +92,10 @@ def cases(topologies: Sequence[str]) -> Iterator[tuple[str, Compile]]:
                     f"keras {name} {options} {topology}",
                     functools.partial(compile_update, make, topology),
                 )
+            muon = functools.partial(gpt2_matrices, tf_effopt.Muon)
             for name, make in {
-                "Muon": functools.partial(gpt2_matrices, tf_effopt.Muon),
+                "Muon": muon,
+                "Muon {divided}": functools.partial(divided, muon),
                 "keras Muon": functools.partial(
                     gpt2_matrices, keras.optimizers.Muon, exclude_layers=["head"]
                 ),
@@ -123,6 +125,13 @@ def gpt2_matrices(cls: type, **options) -> keras.Model:
     outputs = keras.layers.Dense(10, name="head")(x)
     model = keras.Model(inputs, outputs, name="gpt2_matrices")
     return compiled(model, cls, **options)
+
+
+def divided(make_model: Callable[[], keras.Model]) -> keras.Model:
+    """With the work on matrices divided among the replicas."""
+    model = make_model()
+    tf_effopt.distribute.divide_matrix_work(model.optimizer)
+    return model
 
 
 def digits_cnn(cls: type, **options) -> keras.Model:
