@@ -792,7 +792,7 @@ class Optimizer(keras.optimizers.Optimizer):
             self._assign_state(state)
         elif len(state) > len(self.variables):
             self._state_to_load = state
-            for variable, value in zip(self.variables, state, strict=False):
+            for variable, value in zip(self._numbers(), state, strict=False):
                 if value.shape == ():  # else it isn't this optimizer's: `build` says so
                     variable.assign(value)
         else:
@@ -803,23 +803,24 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def _pending_state(self) -> list[np.ndarray]:
         """The state that waits for `build`; what may have changed since, as it is now."""
-        state, unbuilt = list(self._state_to_load), 1 + self._has_own_learning_rate()
-        for i, (variable, value) in enumerate(
-            zip(self.variables[:unbuilt], state[:unbuilt], strict=False)
-        ):
-            if value.shape == ():
+        state = list(self._state_to_load)
+        for i, variable in enumerate(self._numbers()):
+            if state[i].shape == ():
                 state[i] = keras.ops.convert_to_numpy(variable)
         return state
 
-    def _has_own_learning_rate(self) -> bool:
-        """Whether it is a number that can be changed, and is saved."""
-        return isinstance(self._learning_rate, keras.Variable)
+    def _numbers(self) -> list[keras.Variable]:
+        """What is there before `build`, and first in the state.
+
+        The number of updates and, unless it is a schedule, the learning rate.
+        """
+        rate = self._learning_rate
+        return [self._iterations, *([rate] if isinstance(rate, keras.Variable) else [])]
 
     def _assign_state(self, state: list[np.ndarray]) -> None:
         variables = self.variables
-        unbuilt = 1 + self._has_own_learning_rate()
-        if len(state) == unbuilt and int(state[0]) == 0:
-            variables = variables[:unbuilt]  # It was saved before `build`.
+        if len(state) == len(self._numbers()) and int(state[0]) == 0:
+            variables = self._numbers()  # It was saved before `build`.
         if not saving.fits(state, variables):
             first = self._slots_start
             slots = self.convert_keras_slots(state[first:], steps=int(state[0]))

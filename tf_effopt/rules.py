@@ -65,7 +65,7 @@ class Part:
         settings: keyword arguments of the rule that are fixed for these
             tensors.
         matrices: for a rule of matrices: how these tensors are looked at. The
-            rule gets all tensors of a shape at once, `(n, inputs, outputs)`:
+            rule gets many tensors of a shape at once, `(n, inputs, outputs)`:
             it works on the last two axes. So do its slots, if they have the
             weight's shape; of others, the first axis counts the matrices.
         name: for people: which of the optimizer's rules this is.

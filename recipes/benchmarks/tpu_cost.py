@@ -225,7 +225,7 @@ Cycles are the compiler's estimate, without copies and collectives, and no time.
 For v6e the compiler gives each of some 650 asynchronous copies 16 KB for a tuple of 32
 bytes: of the 15.0 MB of temporaries of `SGD`, 4.5 are arrays, as its own report tells:
 `XLA_FLAGS=--xla_dump_to=DUMP python -m tf_effopt.tpu --optimizer SGD --topology v6e:2x2`,
-then `DUMP/*buffer-assignment.txt`.
+then `DUMP/*buffer-assignment.txt` lists each with its size and place.
 
 {table}"""
 

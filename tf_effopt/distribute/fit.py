@@ -38,10 +38,10 @@ def prepare(model: keras.Model) -> keras.Model:
       device; with sample weights, class weights and masks, too. (Keras takes the mean
       of the replicas' means.) A loss function that returns a scalar is taken for a
       mean over the examples; what layers add (`add_loss`, regularizers) counts by the
-      share of examples, and needs a finite gradient where there is none: a weight
-      times a mean has none there, and the step is skipped. A `train_step` of your own gets this by calling
-      `self.compute_loss`, which returns this replica's part of the loss: log it times
-      `strategy.num_replicas_in_sync`.
+      share of examples, and must have a finite gradient on a replica without any (a
+      trained weight times a mean hasn't: that step is skipped). A `train_step` of your
+      own gets this by calling `self.compute_loss`, which returns this replica's part
+      of the loss: log it times `strategy.num_replicas_in_sync`.
     - Metrics are those of all examples, if their state adds up, as that of Keras's
       does. (Keras takes the mean of the replicas' results, which is wrong for those
       that aren't means, such as `AUC`.)

@@ -135,7 +135,7 @@ class Muon(Optimizer):
     The momentum is the authors' sum, `m <- momentum * m + g`, whose scale
     doesn't matter; the decay is times the learning rate. The norm that a matrix is
     divided by is at least 1e-7, as in PyTorch. The iteration runs in float32,
-    all matrices of a shape at once (the authors' runs in bfloat16, as a TPU's
+    many matrices of a shape at once (the authors' runs in bfloat16, as a TPU's
     float32 products do).
 
     Keeps 1 value per parameter of hidden matrices, 2 of the others. Takes
