@@ -169,6 +169,39 @@ def test_loss_scale_optimizer_is_saved_with_its_inner_one(tmp_path):
     assert_identical(cases.train(loaded, STEPS), expected)
 
 
+@pytest.mark.parametrize("make", [tf_effopt.Adam, keras.optimizers.Adam])
+@pytest.mark.parametrize("how", ["weights", "saved_again"])
+def test_loss_scale_that_was_loaded_waits_for_build(make, how, tmp_path):
+    def compiled():
+        optimizer = tf_effopt.LossScaleOptimizer(make(0.01), dynamic_growth_steps=2)
+        return cases.compiled_model(optimizer)
+
+    model = cases.train(compiled(), 5)
+    model.save_weights(tmp_path / "first.weights.h5")
+    loaded = compiled()
+    if make is keras.optimizers.Adam:  # Keras's skips what it isn't built for.
+        loaded.optimizer.inner_optimizer.build(loaded.trainable_variables)
+    loaded.load_weights(tmp_path / "first.weights.h5")
+    if how == "saved_again":
+        loaded.save_weights(tmp_path / "again.weights.h5")
+        loaded.load_weights(tmp_path / "again.weights.h5")
+    loaded.optimizer.build(loaded.trainable_variables)
+    assert float(loaded.optimizer.dynamic_scale) == 2.0**17
+    assert int(loaded.optimizer.step_counter) == 1
+    expected = everything(cases.train(model, STEPS))
+    assert_identical(cases.train(loaded, STEPS), expected)
+
+
+def test_loss_scale_of_another_model_is_refused():
+    store: dict[str, np.ndarray] = {}
+    model = cases.compiled_model(tf_effopt.LossScaleOptimizer(tf_effopt.Adam()))
+    cases.train(model, 1).optimizer.save_own_variables(store)
+    other = tf_effopt.LossScaleOptimizer(tf_effopt.Adam())
+    other.build([keras.Variable(np.zeros((3, 3)))])
+    with pytest.raises(ValueError, match="state doesn't fit"):
+        other.load_own_variables(store)
+
+
 @pytest.mark.parametrize("name", ["adam", "adafactor", "schedule_free_adamw"])
 @pytest.mark.parametrize("rate", [0.25, None], ids=["number", "schedule"])
 def test_model_that_was_saved_before_it_trained(name, rate, tmp_path):
@@ -183,6 +216,52 @@ def test_model_that_was_saved_before_it_trained(name, rate, tmp_path):
     loaded.compile(loaded.optimizer, loss="mse", jit_compile=False)
     expected = everything(cases.train(model, STEPS))
     assert_identical(cases.train(loaded, STEPS), expected)
+
+
+def with_group(name: str) -> tf_effopt.Optimizer:
+    group = tf_effopt.Group("first", learning_rate_multiplier=0.5)
+    return BY_NAME[name].make(use_ema=True, groups=[group])
+
+
+@pytest.mark.parametrize("compiled_anew", [False, True])
+@pytest.mark.parametrize(
+    "make, dtype",
+    [
+        *(
+            pytest.param(functools.partial(with_group, name), None, id=name)
+            for name in ("adam", "muon", "adafactor", "prodigy", "schedule_free_adamw")
+        ),
+        (lambda: tf_effopt.Adam(0.01, rounding="compensated"), "bfloat16"),
+        (lambda: tf_effopt.LossScaleOptimizer(tf_effopt.Adam(0.01)), None),
+    ],
+)
+def test_model_of_which_layers_were_frozen_after_training(
+    make, dtype, compiled_anew, tmp_path
+):
+    """It is built on fewer variables than the state is of."""
+    model = cases.train(cases.compiled_model(make(), cases.small_model(dtype)), STEPS)
+    model.layers[0].trainable = False
+    if compiled_anew:
+        cases.train(cases.compiled_model(model.optimizer, model), STEPS)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert len(loaded.optimizer._trainable_variables) == 2
+    cases.compiled_model(model.optimizer, model)
+    cases.compiled_model(loaded.optimizer, loaded)
+    expected = arrays(cases.train(model, STEPS).weights)
+    for value, other in zip(arrays(cases.train(loaded, STEPS).weights), expected):
+        np.testing.assert_array_equal(value, other)
+
+
+def test_model_that_was_frozen_as_a_whole(tmp_path):
+    model = cases.train(cases.compiled_model(tf_effopt.Adam(0.01)), STEPS)
+    model.trainable = False
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert int(loaded.optimizer.iterations) == STEPS
+    np.testing.assert_array_equal(
+        loaded.predict(cases.X, verbose=0), model.predict(cases.X, verbose=0)
+    )
 
 
 # ------------------------------------------------------------ configuration

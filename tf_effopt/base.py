@@ -35,7 +35,7 @@ from tf_effopt.hyperparameters import (
     Positive,
     Switch,
 )
-from tf_effopt.paths import known_by, path_of, paths_and_shapes
+from tf_effopt.paths import known_by, path_of, paths_and_shapes, stand_in
 from tf_effopt.precision import ROUNDINGS, compute_dtype, is_narrow
 from tf_effopt.rules import Evaluation, ModelRule, Part, Slot, Slots, slot_groups
 from tf_effopt.selection import Selection, Trained, decay_exclusions
@@ -206,6 +206,7 @@ class Optimizer(keras.optimizers.Optimizer):
         self.undecayed: frozenset[int] = frozenset()
         self._frozen: frozenset[int] = frozenset()
         self._known: list[tuple[str, tuple[int, ...]]] = []  # what it was built on
+        self._known_before: list[tuple[str, tuple[int, ...]]] = []  # and some more
         self._state_to_load = None
 
     def __init_subclass__(cls, **kwargs):
@@ -262,7 +263,9 @@ class Optimizer(keras.optimizers.Optimizer):
                 if not self._overwrite_variable_with_gradient(variable):
                     check_dtype(variable)
                     self._engine.check_variable(variable)
-            self._known = known_by(variables, self._known)
+            saved, self._known = self._known, known_by(variables, self._known)
+            if set(self._known) < set(saved):
+                self._known_before = saved
             self._find_members(Trained(variables, [path for path, _ in self._known]))
             with self._engine.building():
                 super().build(variables)  # averages, then accumulators
@@ -275,7 +278,7 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def _find_members(self, trained: Trained) -> None:
         for group in self.groups:
-            group.find(trained)
+            group.find(trained, some_are_gone=bool(self._known_before))
         self._frozen = frozen_indices(self.groups)
         found = self._decay_exclusions.find(trained)
         self.undecayed = frozenset(i for places in found for i in places)
@@ -551,15 +554,20 @@ class Optimizer(keras.optimizers.Optimizer):
         other.build(variables)
         if not self.built:
             return other
-        for i, variable in enumerate(other._trainable_variables):
-            index = self._trainable_variables_indices.get(self._var_key(variable))
-            if index is None or self._engine.state[index] is None:
-                continue
-            if self._engine.variables[index].part == other._engine.variables[i].part:
-                _copy_state(self._engine.state[index], other._engine.state[i])
-        _copy_state(self._engine.model_state, other._engine.model_state)
+        indices = self._trainable_variables_indices
+        other._take_state(self, [indices.get(self._var_key(v)) for v in variables])
         other._iterations.assign(keras.ops.copy(self._iterations.value))
         return other
+
+    def _take_state(self, other: Optimizer, places: list[int | None]) -> None:
+        """Takes that of another optimizer, given where it has each variable."""
+        mine, its = self._engine, other._engine
+        for i, place in enumerate(places):
+            if place is None or its.state[place] is None:
+                continue
+            if its.variables[place].part == mine.variables[i].part:
+                _copy_state(its.state[place], mine.state[i])
+        _copy_state(its.model_state, mine.model_state)
 
     def _unbuilt_copy(
         self, groups: Any = None, memo: dict | None = None, settings: dict | None = None
@@ -826,9 +834,27 @@ class Optimizer(keras.optimizers.Optimizer):
             slots = self.convert_keras_slots(state[first:], steps=int(state[0]))
             if slots is not None:
                 state = state[:first] + slots
+        if self._known_before and not saving.fits(state, variables):
+            self._assign_some_of(state)
+            return
         saving.check_fits(self.name, state, variables)
         for variable, value in zip(variables, state, strict=True):
             variable.assign(value)
+
+    def _assign_some_of(self, state: list[np.ndarray]) -> None:
+        """Assigns what is of the variables that are still trained."""
+        whole = self._unbuilt_copy(groups=[])
+        whole._known, whole._state_to_load = self._known_before, None
+        dtypes = [dtype_name(v) for v in self._trainable_variables]
+        dtype = dtypes[0] if dtypes else None
+        with self._engine.building(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `build` has said what there is to say.
+            whole.build([stand_in(*known, dtype) for known in whole._known])
+            whole._assign_state(state)
+        places = [whole._known.index(known) for known in self._known]
+        self._take_state(whole, places)
+        for mine, other in zip(self._numbers(), whole._numbers(), strict=True):
+            mine.assign(keras.ops.copy(other.value))
 
     def convert_keras_slots(
         self, saved: list[np.ndarray], steps: int

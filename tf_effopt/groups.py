@@ -115,8 +115,12 @@ class Group:
         self.frozen = frozen
         self.optional = optional
 
-    def find(self, trained: Trained) -> None:
+    def find(self, trained: Trained, some_are_gone: bool = False) -> None:
         """Finds its variables among those that its optimizer is built on.
+
+        Args:
+            trained: these variables.
+            some_are_gone: whether the group has been found among these and others.
 
         Raises:
             ValueError: a member isn't there, and the group isn't optional.
@@ -127,7 +131,7 @@ class Group:
             )
         found = self.members.find(trained)
         lost = [m for m, of in zip(self.members.members, found, strict=True) if not of]
-        if lost and not self.optional:
+        if lost and not (self.optional or some_are_gone):
             raise ValueError(
                 f"{self!r} has members that are none of the "
                 f"{len(trained.variables)} variables that the optimizer is built on:\n"

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from tf_effopt import engine
@@ -72,6 +73,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             name=name,
             **kwargs,
         )
+        self._state_to_load = None
+
+    def build(self, var_list: list[Any]) -> None:
+        """Makes the state for `var_list`, and assigns what was loaded before."""
+        super().build(var_list)
+        if self._state_to_load is not None:
+            self._assign_own(self._state_to_load)
+            self._state_to_load = None
 
     def apply(self, grads: list[Any], trainable_variables: Any = None) -> None:
         """Updates variables by the gradients of the scaled loss."""
@@ -136,10 +145,48 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         other = type(self)(**config)
         if inner.built:
             other.build(inner._trainable_variables)
+        other._state_to_load = self._state_to_load
         if self.built:
             other.dynamic_scale.assign(ops.copy(self.dynamic_scale.value))
             other.step_counter.assign(ops.copy(self.step_counter.value))
         return other
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the state, also one that was loaded and waits for `build`."""
+        own, inner = self._state_to_load, {}
+        if own is None:
+            own = [ops.convert_to_numpy(v) for v in self._variables]
+        self.inner_optimizer.save_own_variables(inner)
+        for i, value in enumerate([*own, *inner.values()]):
+            store[str(i)] = value
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads the state that this class, or Keras's own of its name, saved.
+
+        An optimizer that isn't built yet keeps it until it is.
+
+        Raises:
+            ValueError: the state is that of another optimizer or model.
+        """
+        state = [np.array(store[str(i)]) for i in range(len(store.keys()))]
+        # Saved before `build`, it lacks the scale, and the inner one has no slots.
+        n = OWN_VARIABLES if len(state) > OWN_VARIABLES else OWN_VARIABLES - 2
+        own, inner = state[:n], state[n:]
+        self.inner_optimizer.load_own_variables(
+            {str(i): value for i, value in enumerate(inner)}
+        )
+        if self.built or n < OWN_VARIABLES:
+            self._assign_own(own)
+        else:
+            self._state_to_load = own
+
+    def _assign_own(self, state: list[np.ndarray]) -> None:
+        for variable, value in zip(self._variables, state, strict=False):
+            variable.assign(value)
+
+
+# Those of every optimizer, which do nothing here, the step counter and the scale.
+OWN_VARIABLES = 4
 
 
 class _Arguments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Iterable
@@ -35,12 +36,29 @@ def known_by(
     `load_model` makes the automatic names of layers within layers anew, and takes
     that of a `Sequential` off. Variables of other paths than those `saved`, but of
     the same shapes and, numbers apart, of layers of the same names in the same order,
-    are taken for them.
+    are taken for them. There may be fewer than were saved, if no two were alike: some
+    layers were frozen since.
     """
     now = paths_and_shapes(variables)
+    if len(now) < len(saved):
+        within = [(path.partition("/")[2], shape) for path, shape in saved]
+        for names in (saved, within):
+            if len(set(names)) == len(names) and set(now) <= set(names):
+                return [saved[names.index(x)] for x in now]
     is_alike = [_kind(*x) for x in now] == [_kind(*x) for x in saved]
     is_renamed = sorted(path for path, _ in now) != sorted(path for path, _ in saved)
     return list(saved) if is_alike and is_renamed else now
+
+
+def stand_in(
+    path: str, shape: tuple[int, ...], dtype: str | None = None
+) -> keras.Variable:
+    """A new variable of this path."""
+    *scopes, name = path.split("/")
+    with contextlib.ExitStack() as stack:
+        for scope in scopes:
+            stack.enter_context(keras.name_scope(scope))
+        return keras.Variable("zeros", shape=shape, dtype=dtype, name=name)
 
 
 def _kind(path: str, shape: tuple[int, ...]) -> tuple[list[str], tuple[int, ...]]:
