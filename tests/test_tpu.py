@@ -79,6 +79,20 @@ def test_update_is_in_place_and_has_one_all_reduce(cls, topology):
 
 
 @needs_libtpu
+def test_a_network_that_fits_into_vector_memory_needs_little_besides():
+    """SGD has no state but the weights; a copy to vector memory isn't free either."""
+
+    def make():
+        model = keras.applications.ResNet50(weights=None)
+        model.compile(tf_effopt.SGD(), "sparse_categorical_crossentropy")
+        return model
+
+    found = tpu.compile_update(make, "v6e:2x2")
+    assert found.alias_bytes >= found.state_bytes
+    assert found.temporary_bytes < 0.1 * found.state_bytes
+
+
+@needs_libtpu
 def test_options_are_in_the_one_program():
     options = {
         "global_clipnorm": 1.0,

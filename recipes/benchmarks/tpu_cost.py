@@ -222,8 +222,11 @@ All numbers are those of one device. Memory is the compiler's: temporaries inclu
 it keeps in vector memory. HBM traffic and cycles are read off the optimized program.
 Cycles are the compiler's estimate, without copies and collectives, and no time.
 
-For v6e the compiler gives each of some 650 asynchronous copies 16 KB for a tuple of 32
-bytes: of the 15.0 MB of temporaries of `SGD`, 4.5 are arrays, as its own report tells:
+Where an update needs more than a tenth of its state besides, it is compiled a second
+time, with the sums of gradients in the gradients' place, as within a step of training;
+the program that needs less is shown. `SGD` on v6e is such a case: 15.0 MB the first
+time. The compiler's own report gives 4.5 of them to arrays and the rest to some 650
+asynchronous copies, 16 KB each for a tuple of 32 bytes:
 `XLA_FLAGS=--xla_dump_to=DUMP python -m tf_effopt.tpu --optimizer SGD --topology v6e:2x2`,
 then `DUMP/*buffer-assignment.txt` lists each with its size and place.
 

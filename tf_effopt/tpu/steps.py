@@ -12,7 +12,8 @@ from tf_effopt.tpu import compiler, report
 from tf_effopt.tpu.replicas import ProgramStrategy
 from tf_effopt.tpu.report import Report
 
-NEGLIGIBLE_SUM = 0.03  # of the bytes of weights and state
+# Of the bytes of weights and state: sums that don't count, and much memory besides.
+NEGLIGIBLE_SUM, MUCH_MEMORY = 0.03, 0.1
 
 
 def compile_update(
@@ -21,7 +22,8 @@ def compile_update(
     """Compiles one update of a model's optimizer for all devices of a TPU slice.
 
     Gradients are summed over the devices within the program. Where the sums don't fit
-    into vector memory they take the gradients' place, as within a step of training.
+    into vector memory, or the program needs much memory besides, they take the gradients'
+    place, as within a step of training, if it then needs less.
 
         def make_model():
             model = keras.applications.ResNet50(weights=None)
@@ -55,7 +57,9 @@ def compile_update(
     specs = [tf.TensorSpec(v.shape, v.dtype) for v in weights]
     blank = _blank(f"update of {model.name}", optimizer, weights, topology, strategy)
     found = _compiled(blank, strategy, update, specs)
-    if found.error is None and found.summed_bytes < NEGLIGIBLE_SUM * found.state_bytes:
+    fits_in_vector_memory = found.summed_bytes < NEGLIGIBLE_SUM * found.state_bytes
+    needs_little = found.temporary_bytes < MUCH_MEMORY * found.state_bytes
+    if found.error is None and fits_in_vector_memory and needs_little:
         return found
     other = _compiled(blank, strategy, overwriting_update, specs, overwrites=True)
     return min(found, other, key=lambda r: (r.error is not None, r.temporary_bytes))
