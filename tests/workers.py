@@ -174,6 +174,101 @@ def an_empty_replica_of_losses_and_means(case):
     )
 
 
+def an_empty_replica_of_each_kind_of_loss(case):
+    losses = [
+        keras.losses.MeanSquaredError(reduction="sum"),
+        keras.losses.MeanSquaredError(reduction="mean_with_sample_weight"),
+        lambda y, p: keras.ops.mean(keras.ops.square(y - p)),
+    ]
+    found = {}
+    for i, loss in enumerate(losses):
+        case.fit(
+            lambda: tf_effopt.SGD(0.002),
+            added_loss_model,
+            x=X[:ONE_MORE],
+            y=Y[:ONE_MORE],
+            loss=loss,
+            sample_weight=WEIGHTS[:ONE_MORE] if i < 2 else None,
+            compile_options={"weighted_metrics": ["mae"]},
+        )
+        found |= {f"{i}/{k}": x for k, x in case.found.items() if k != "replicas"}
+    case.fit(
+        lambda: tf_effopt.SGD(0.05),
+        lambda: table_model(mask=True),
+        x=IDS[:ONE_MORE],
+        y=np.repeat(Y[:ONE_MORE, None], 3, axis=1),
+    )
+    case.found |= found
+
+
+def added_loss_model() -> keras.Model:
+    class Penalty(keras.layers.Layer):
+        """A trained weight times a mean, which is none of no examples."""
+
+        def build(self, shape):
+            self.scale = self.add_weight(initializer="ones")
+
+        def call(self, x):
+            self.add_loss(0.1 * keras.ops.square(self.scale) * keras.ops.mean(x**2))
+            return x
+
+    model = dense_model()
+    model.add(Penalty())
+    return model
+
+
+def an_empty_replica_of_convolutions(case):
+    """Of synchronized moments, and in evaluation and prediction, too."""
+    images, labels = IMAGES[:ONE_MORE], np.arange(ONE_MORE) % 10
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model = case.fit(
+        lambda: tf_effopt.SGD(0.05, momentum=0.9),
+        lambda: recipe_model(case.strategy),
+        x=images,
+        y=labels,
+        loss=loss,
+        validation_data=(images, labels),
+        compile_options={"metrics": ["accuracy"]},
+    )
+    case.found["logs/predict"] = model.predict(images, batch_size=BATCH, verbose=0)
+
+
+def an_empty_replica_of_own_moments(case):
+    """What isn't synchronized differs by replica; without examples it stays."""
+
+    def make():
+        layers = [keras.Input((8,)), keras.layers.BatchNormalization()]
+        return keras.Sequential([*layers, keras.layers.Dense(1)])
+
+    averages = []
+    for rows in (ONE_MORE - 1, ONE_MORE):
+        make_optimizer = lambda: tf_effopt.SGD(0.0)
+        model = case.fit(make_optimizer, make, x=X[:rows], y=Y[:rows])
+        parts = case.strategy.experimental_local_results
+        moving = (model.layers[0].moving_mean, model.layers[0].moving_variance)
+        averages.append([x.numpy() for v in moving for x in parts(v.value)[1:]])
+        assert model.optimizer.skipped_steps == 0
+    for before, after in zip(*averages, strict=True):
+        np.testing.assert_array_equal(before, after)
+    case.found = {"compared": np.asarray(len(averages))}
+
+
+def losses_that_layers_add(case):
+    """Replicas take turns at synchronized moments: none may find another's loss."""
+    several = case.strategy.num_replicas_in_sync > 1
+
+    def make():
+        layers = [
+            keras.Input((8,)),
+            keras.layers.Dense(6, activity_regularizer=keras.regularizers.L2(0.1)),
+            keras.layers.BatchNormalization(synchronized=several),
+            keras.layers.Dense(1),
+        ]
+        return keras.Sequential(layers)
+
+    case.fit(lambda: tf_effopt.SGD(0.05), make, x=X[:ONE_MORE], y=Y[:ONE_MORE])
+
+
 def mean_of_ones(y, predicted):
     return keras.ops.mean(keras.ops.ones_like(predicted))
 
@@ -430,6 +525,10 @@ CASES = [
     an_empty_replica,
     an_empty_replica_in_a_loop,
     an_empty_replica_of_losses_and_means,
+    an_empty_replica_of_each_kind_of_loss,
+    an_empty_replica_of_convolutions,
+    an_empty_replica_of_own_moments,
+    losses_that_layers_add,
     class_weights,
     sample_weights,
     means_by_sample_weight,

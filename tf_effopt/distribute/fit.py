@@ -13,8 +13,15 @@ import keras
 import tensorflow as tf
 from keras import tree
 
-from tf_effopt.distribute import hooks, shares
+from tf_effopt.distribute import added_losses, hooks, shares, stand_ins
 from tf_effopt.distribute.strategies import named_workers
+
+REPLACED = (  # methods of a model
+    "_maybe_symbolic_build",
+    "make_train_function",
+    "make_test_function",
+    "predict_step",
+)
 
 
 def prepare(model: keras.Model) -> keras.Model:
@@ -38,10 +45,12 @@ def prepare(model: keras.Model) -> keras.Model:
       device; with sample weights, class weights and masks, too. (Keras takes the mean
       of the replicas' means.) A loss function that returns a scalar is taken for a
       mean over the examples; what layers add (`add_loss`, regularizers) counts by the
-      share of examples, and must have a finite gradient on a replica without any (a
-      trained weight times a mean hasn't: that step is skipped). A `train_step` of your
-      own gets this by calling `self.compute_loss`, which returns this replica's part
-      of the loss: log it times `strategy.num_replicas_in_sync`.
+      share of examples. A `train_step` of your own gets this by calling
+      `self.compute_loss`, which returns this replica's part of the loss: log it times
+      `strategy.num_replicas_in_sync`.
+    - A replica without examples works on one that counts nothing, of ones, or of zeros
+      for integers, whose loss must have a finite gradient. It has no part in moments of
+      `BatchNormalization`. (With Keras, convolutions and moments fail there.)
     - Metrics are those of all examples, if their state adds up, as that of Keras's
       does. (Keras takes the mean of the replicas' results, which is wrong for those
       that aren't means, such as `AUC`.)
@@ -87,7 +96,7 @@ def prepare(model: keras.Model) -> keras.Model:
         return model
     shares.install()
     adapter = _Adapter(model, strategy)
-    for name in ("_maybe_symbolic_build", "make_train_function", "make_test_function"):
+    for name in REPLACED:
         # Past Keras's tracking of attributes.
         object.__setattr__(model, name, getattr(adapter, name))
     adapter.turn_off_jit()
@@ -95,10 +104,11 @@ def prepare(model: keras.Model) -> keras.Model:
 
 
 class _Adapter:
-    """What `prepare` puts in the place of three methods of a model."""
+    """What `prepare` puts in the place of methods of a model."""
 
     def __init__(self, model: keras.Model, strategy: tf.distribute.Strategy):
         self.model = model
+        self._predict_step = model.predict_step
         self.strategy = strategy
         self.several_hosts = strategy.extended._in_multi_worker_mode()
 
@@ -136,6 +146,13 @@ class _Adapter:
         if model.test_function is None or force:
             model.test_function = self._make_function(model.test_step)
 
+    def predict_step(self, data: Any) -> Any:
+        first = _first_tensor(data)
+        if not shares.may_be_empty(first):
+            return self._predict_step(data)
+        outputs = self._predict_step(stand_ins.given(data))
+        return stand_ins.taken_away(outputs, tf.shape(first)[0])
+
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None):
         """Builds the model for a replica's part of a batch, of which it takes none."""
         if iterator is not None:
@@ -148,12 +165,13 @@ class _Adapter:
         """Keras's own function of a step that counts its examples."""
         self.turn_off_jit()  # `compile` may have been called again
         self._check_metrics()
+        added_losses.keep_apart(self.model)
 
         @functools.wraps(step)
         def counted_step(data: Any) -> Any:
-            first = next(x for x in tree.flatten(data) if x is not None)
-            with shares.counted(first), self._metrics_of_examples(first):
-                logs = step(data)
+            first = _first_tensor(data)
+            with shares.counted(first), self._state_of_examples(first):
+                logs = step(stand_ins.given(data))
             return self._with_metrics_of_all(logs)
 
         run = self._packing_logs if self.several_hosts else self.model._make_function
@@ -168,20 +186,27 @@ class _Adapter:
         return function
 
     @contextlib.contextmanager
-    def _metrics_of_examples(self, batch: Any) -> Iterator[None]:
-        """Within, metrics stay as they are on a replica without examples.
-
-        A mean over none isn't a number, and would stay in their sums.
-        """
+    def _state_of_examples(self, batch: Any) -> Iterator[None]:
+        """Within, metrics and averages are of examples, not of what stands in."""
         if not shares.may_be_empty(batch):
             yield
             return
-        variables = self.model.metrics_variables
+        variables = self.model.metrics_variables + self._own_averages()
         before = [tf.identity(tf.convert_to_tensor(v)) for v in variables]
         yield
         is_empty = tf.equal(tf.shape(batch)[0], 0)
         for v, old in zip(variables, before, strict=True):
             v.assign(tf.where(is_empty, old, tf.convert_to_tensor(v)))
+
+    def _own_averages(self) -> list[keras.Variable]:
+        """Averages over a replica's own examples."""
+        return [
+            v
+            for layer in self.model._flatten_layers()
+            if isinstance(layer, keras.layers.BatchNormalization)
+            and not layer.synchronized
+            for v in (layer.moving_mean, layer.moving_variance)
+        ]
 
     def _packing_logs(self, step: Callable) -> Callable:
         logs = _PackedLogs(step)
@@ -225,6 +250,10 @@ class _PackedLogs:
 
     def unpacked(self, packed: tf.Tensor) -> Any:
         return tree.pack_sequence_as(self.structure, _parted(packed, self.shapes))
+
+
+def _first_tensor(data: Any) -> Any:
+    return next(x for x in tree.flatten(data) if x is not None)
 
 
 def _joined(tensors: list[tf.Tensor]) -> tf.Tensor:

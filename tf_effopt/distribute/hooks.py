@@ -15,15 +15,23 @@ from tensorflow.python.distribute.cross_device_utils import CollectiveReplicaLau
 from tensorflow.python.distribute.values import PerReplicaSpec
 
 losses: Any = importlib.import_module("keras.src.losses.loss")
+nn: Any = importlib.import_module("keras.src.backend.tensorflow.nn")
 
-# Functions of the module above, which `shares` replaces.
-LOSSES = (
-    "apply_mask",
-    "reduce_values",
-    "scale_loss_for_distribution",
-    "unscale_loss_for_distribution",
+# Functions of the modules above, which `shares` replaces.
+REPLACED = (
+    (losses, "apply_mask"),
+    (losses, "reduce_values"),
+    (losses, "scale_loss_for_distribution"),
+    (losses, "unscale_loss_for_distribution"),
+    (nn, "_compute_moments_sync"),
 )
-MODEL = ("_make_function", "_maybe_symbolic_build", "_symbolic_build")
+MODEL = (
+    "_flatten_layers",
+    "_make_function",
+    "_maybe_symbolic_build",
+    "_symbolic_build",
+)
+LAYER = "_losses"  # which `added_losses` replaces
 LAUNCHER = "_prefer_unique_instance_key"
 
 
@@ -50,8 +58,10 @@ def of_first_replica(spec: Any) -> Any:
 
 def missing() -> list[str]:
     """The names of this list that the installed packages don't have."""
-    absent = [f"losses.loss.{x}" for x in LOSSES if not hasattr(losses, x)]
+    absent = [f"{m.__name__}.{x}" for m, x in REPLACED if not hasattr(m, x)]
     absent += [f"Model.{x}" for x in MODEL if not hasattr(keras.Model, x)]
+    if not isinstance(getattr(keras.layers.Layer(), LAYER, None), list):
+        absent.append(f"Layer.{LAYER}")
     if not hasattr(CollectiveReplicaLauncher, LAUNCHER):
         absent.append(f"CollectiveReplicaLauncher.{LAUNCHER}")
     return absent

@@ -2,7 +2,8 @@
 
 Keras takes the mean over each replica's examples, and the mean of these means.
 Within `counted`, each replica's mean counts by its share of the examples, so that
-their sum is the mean over the whole batch, as on one device.
+their sum is the mean over the whole batch, as on one device. What stands in for
+examples (`stand_ins`) counts nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class _Here(threading.local):
     """What this replica's thread is about."""
 
     share: tf.Tensor | None = None  # of the batch's examples; None: not counted
+    weight: tf.Tensor | None = None  # 0 of what stands in for examples, else 1 or None
 
 
 _here = _Here()
@@ -39,12 +41,13 @@ def counted(batch: Any) -> Iterator[None]:
     if may_be_empty(batch):
         count = tf.cast(tf.shape(batch)[0], tf.float32)
         _here.share = count / summed(count)
+        _here.weight = tf.minimum(count, 1.0)
     else:
         _here.share = tf.constant(1 / tf.distribute.get_strategy().num_replicas_in_sync)
     try:
         yield
     finally:
-        _here.share = None
+        _here.share = _here.weight = None
 
 
 def may_be_empty(batch: Any) -> bool:
@@ -67,10 +70,10 @@ def install() -> None:
 
     Outside of `counted` they do what Keras's do.
     """
-    for name in hooks.LOSSES:
-        kerass = getattr(hooks.losses, name)
-        ours = functools.partial(globals()[name], kerass)
-        setattr(hooks.losses, name, functools.wraps(kerass)(ours))
+    for module, name in hooks.REPLACED:
+        kerass = getattr(module, name)
+        ours = functools.partial(globals()[name.lstrip("_")], kerass)
+        setattr(module, name, functools.wraps(kerass)(ours))
 
 
 def scale_loss_for_distribution(kerass: Any, value: Any) -> Any:
@@ -96,14 +99,16 @@ def reduce_values(
     kerass: Any, values: Any, sample_weight: Any = None, reduction: Any = MEANS[0]
 ) -> Any:
     """The losses of this replica's examples -> its part of the batch's loss."""
-    if _here.share is None or reduction not in MEANS:
+    if _here.share is None:
         return kerass(values, sample_weight, reduction)
+    if reduction not in MEANS:
+        return _weighted(kerass(values, sample_weight, reduction))
     if values.shape.rank == 0:  # a loss function that has taken the mean itself
         return hooks.losses.scale_loss_for_distribution(values)
     if reduction == "mean_with_sample_weight" and sample_weight is not None:
-        weight = summed(tf.reduce_sum(sample_weight))
+        weight = summed(_weighted(tf.reduce_sum(sample_weight)))
         return tf.math.divide_no_nan(
-            tf.reduce_sum(values), tf.cast(weight, values.dtype)
+            _weighted(tf.reduce_sum(values)), tf.cast(weight, values.dtype)
         )
     if values.shape[0] == 0:  # eagerly; of these Keras makes no number
         return tf.reduce_sum(values)
@@ -117,12 +122,37 @@ def apply_mask(
     weight = kerass(sample_weight, mask, dtype, reduction)
     if _here.share is None or mask is None or reduction not in MEANS[:2]:
         return weight
-    kept = tf.stack([tf.reduce_sum(tf.cast(mask, tf.float32)), _size(mask)])
+    kept = _weighted(tf.stack([tf.reduce_sum(tf.cast(mask, tf.float32)), _size(mask)]))
     everywhere = summed(kept)
     return weight * tf.cast(
         tf.math.divide_no_nan(kept[0] * everywhere[1], kept[1] * everywhere[0]),
         weight.dtype,
     )
+
+
+def compute_moments_sync(kerass: Any, x: Any, axes: Any, keepdims: bool) -> Any:
+    """Mean and variance over the examples of all replicas."""
+    if _here.weight is None:
+        return kerass(x, axes, keepdims)
+    context = tf.distribute.get_replica_context()
+    x_sum, square_sum, count = (
+        context.all_reduce(
+            tf.distribute.ReduceOp.SUM,
+            _weighted(tf.reduce_sum(values, axes, keepdims=True)),
+        )
+        for values in (x, tf.square(x), tf.ones_like(x))
+    )
+    mean = tf.math.divide_no_nan(x_sum, count)
+    variance = tf.math.divide_no_nan(square_sum, count) - tf.square(mean)
+    variance = tf.maximum(variance, 0.0)
+    if keepdims:
+        return mean, variance
+    return tf.squeeze(mean, axes), tf.squeeze(variance, axes)
+
+
+def _weighted(x: tf.Tensor) -> tf.Tensor:
+    """0 if it is of what stands in for examples."""
+    return x if _here.weight is None else x * tf.cast(_here.weight, x.dtype)
 
 
 def _size(x: Any) -> tf.Tensor:
