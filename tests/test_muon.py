@@ -715,6 +715,12 @@ def test_a_layer_that_sounds_like_attention_isnt(layer):
     )
 
 
+@pytest.mark.parametrize("layer", ["block1a_dwconv", "conv_dw_1", "depthwise_2"])
+def test_a_depthwise_kernel_is_no_hidden_matrix_by_its_path(layer):
+    role = layer_roles.role_by_path(f"net/{layer}/kernel", (3, 3, 32, 1))
+    assert role.kind == layer_roles.OTHER
+
+
 def test_divided_work_on_one_device_is_the_same():
     inner = tf_effopt.Muon(0.01, roles=tf_effopt.roles(small_model()))
     divided = tf_effopt.LossScaleOptimizer(inner, initial_scale=8.0)

@@ -158,28 +158,65 @@ def test_centralization_is_by_output(shape):
     np.testing.assert_allclose(taken, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "layer, shape, centralized",
-    [
-        (keras.layers.Embedding(5, 3), (2,), False),
-        (keras.layers.DepthwiseConv2D(2), (4, 4, 3), False),
-        (keras.layers.SeparableConv1D(3, 2), (4, 3), False),
-        (keras.layers.Conv2DTranspose(3, 2), (4, 4, 2), False),
-        (keras.layers.Conv1D(3, 2), (4, 3), True),
-        (keras.layers.Dense(3), (4,), True),
-    ],
-    ids=lambda x: getattr(x, "name", None),
-)
-def test_centralization_leaves_out_what_mixes_rows_or_channels(
-    layer, shape, centralized
-):
-    layer.build((None, *shape))
-    kernel = layer.trainable_variables[0]
-    before = kernel.numpy()
-    g = np.arange(before.size, dtype="float32").reshape(before.shape)
-    SGD(1.0, transforms=[GradientCentralization()]).apply([tf.constant(g)], [kernel])
-    sums = (before - kernel.numpy()).reshape(-1, before.shape[-1]).sum(0)
-    assert np.allclose(sums, 0, atol=1e-4) == centralized
+def attention(x):
+    layer = keras.layers.MultiHeadAttention(2, 4, name="mha")
+    layer.build(x, x)
+    return layer
+
+
+# Kernel -> the axes along which an output unit's weights lie.
+LAYERS = [
+    (keras.layers.Dense(3), (4,), 0, (0,)),
+    (keras.layers.Conv1D(3, 2), (5, 4), 0, (0, 1)),
+    (keras.layers.Conv2D(3, 2), (5, 5, 4), 0, (0, 1, 2)),
+    (keras.layers.Conv3D(3, 2), (5, 5, 5, 4), 0, (0, 1, 2, 3)),
+    (keras.layers.Conv1DTranspose(3, 2), (5, 4), 0, (0, 2)),
+    (keras.layers.Conv2DTranspose(3, 2), (5, 5, 4), 0, (0, 1, 3)),
+    (keras.layers.DepthwiseConv1D(2, depth_multiplier=2), (5, 4), 0, (0,)),
+    (keras.layers.DepthwiseConv2D(2), (5, 5, 4), 0, (0, 1)),
+    (keras.layers.DepthwiseConv2D(2, name="block1a_dwconv2"), (5, 5, 4), 0, (0, 1)),
+    (keras.layers.DepthwiseConv2D(2, name="conv_dw_1"), (5, 5, 4), 0, (0, 1)),
+    (keras.layers.SeparableConv1D(3, 2), (5, 4), 0, (0,)),
+    (keras.layers.SeparableConv2D(3, 2), (5, 5, 4), 1, (0, 1, 2)),
+    (keras.layers.LSTM(3), (5, 4), 0, (0,)),
+    (attention, (5, 8), 0, (0,)),
+    (attention, (5, 8), 6, (0, 1)),
+]
+
+
+def kernel_of(layer, shape, index):
+    if layer is attention:
+        layer = attention((None, *shape))
+    else:
+        layer.build((None, *shape))
+    return layer.trainable_variables[index]
+
+
+@pytest.mark.parametrize("layer, shape, index, axes", LAYERS)
+def test_units_are_those_of_the_layer(layer, shape, index, axes):
+    """Of which each has a mean and a norm of its own."""
+    kernel = kernel_of(layer, shape, index)
+    rng = np.random.default_rng(0)
+    w, g = rng.normal(size=kernel.shape), 3 * rng.normal(size=kernel.shape) + 1
+    norms = [np.sqrt((x**2).sum(axes, keepdims=True)) for x in (w, g)]
+    expected = {
+        AdaptiveClipping: g * np.minimum(1, 0.1 * norms[0] / norms[1]),
+        GradientCentralization: g - g.mean(axes, keepdims=True),
+    }
+    for make, taken in expected.items():
+        kernel.assign(w)
+        transforms = [make(0.1) if make is AdaptiveClipping else make()]
+        optimizer = SGD(1.0, transforms=transforms)
+        optimizer.apply([tf.constant(g, "float32")], [kernel])
+        np.testing.assert_allclose(w - kernel.numpy(), taken, atol=2e-6)
+
+
+def test_centralization_leaves_embeddings_out():
+    table = kernel_of(keras.layers.Embedding(5, 3), (2,), 0)
+    before = table.numpy()
+    g = np.arange(15, dtype="float32").reshape(5, 3)
+    SGD(1.0, transforms=[GradientCentralization()]).apply([tf.constant(g)], [table])
+    np.testing.assert_allclose(before - table.numpy(), g, atol=1e-5)
 
 
 def test_cautious_mask_follows_its_code():

@@ -31,6 +31,8 @@ TRANSPOSED = (
 )
 CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+# One filter for each channel: the last two axes are channels, filters of each.
+DEPTHWISE_NAMES = "depthwise|dw_?conv|conv_?dw"
 SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
 
 
@@ -416,10 +418,10 @@ def role_by_path(path: str, shape: tuple[int, ...]) -> Role:
     layer = layers[-1] if layers else ""
     if "embedding" in f"{layer}/{name}":  # A model's name tells nothing.
         return Role(EMBEDDING, _last_axis_out(shape))
-    known = "alpha|bias|gamma|beta|scale|lora|depthwise"
-    if len(shape) < 2 or re.search(known, name):
+    known = "alpha|bias|gamma|beta|scale|lora"
+    if len(shape) < 2 or re.search(known, name) or _is_depthwise(path):
         return Role(OTHER)
-    if "depthwise" in layer or math.prod(shape) == max(shape):
+    if math.prod(shape) == max(shape):
         return Role(OTHER)
     gates = next((n for cell, n in GATES.items() if cell in layer), None)
     if gates is not None:
@@ -437,3 +439,26 @@ def role_by_path(path: str, shape: tuple[int, ...]) -> Role:
     if len(shape) > 3 or "conv" in path.lower():
         return _last_axis_role(shape)
     return Role(OTHER)
+
+
+def _is_depthwise(path: str) -> bool:
+    *_, layer, name = ["", *path.lower().split("/")]
+    return re.search(DEPTHWISE_NAMES, f"{layer}/{name}") is not None
+
+
+def input_axes(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes along which the weights of an output unit lie, by Keras's names.
+
+    Of a vector all, whatever axes of 1 it has; of a depthwise convolution those of
+    space. What isn't known has its outputs last, or, of three axes, in the last two:
+    `(inputs, heads, size)`.
+    """
+    axes = tuple(range(len(shape)))
+    if math.prod(shape) == max(shape, default=1):
+        return axes
+    if len(shape) > 2 and _is_depthwise(path):
+        return axes[:-2]
+    matrices = role_by_path(path, shape).matrices
+    if matrices is not None:
+        return tuple(sorted(matrices.inputs))
+    return axes[:1] if len(shape) == 3 else axes[:-1]

@@ -25,6 +25,7 @@ from tf_effopt.engine.plan import (
 from tf_effopt.engine.updates import switched
 from tf_effopt.groups import decay_of, multipliers_of
 from tf_effopt.hyperparameters import Number
+from tf_effopt.layer_roles import input_axes
 from tf_effopt.paths import path_of
 
 
@@ -289,6 +290,7 @@ def _describe(
                 decays=decay is not None and "weight_decay" not in rule.names,
                 decay=decay,
                 matrices=part.matrices,
+                input_axes=input_axes(*optimizer._known[i]),
             )
         )
     return variables

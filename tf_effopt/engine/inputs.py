@@ -62,7 +62,7 @@ def in_compute_dtype(v: TrainedVariable, slots: dict) -> dict:
 def own_arguments(
     v: TrainedVariable, tensors: dict, function: Bound, arguments: Arguments
 ) -> dict[str, Any]:
-    """The weight and the noise of one variable, if `function` takes them."""
+    """What `function` takes that is of one variable."""
     own = {}
     if "w" in function.names:
         own["w"] = ops.cast(tensors["weight"], v.compute_dtype)
@@ -70,4 +70,6 @@ def own_arguments(
         own["noise"] = functools.partial(
             random.normal, v.shape, arguments.t, v.index, v.compute_dtype
         )
+    if "input_axes" in function.names:
+        own["input_axes"] = v.input_axes
     return own

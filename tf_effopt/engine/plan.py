@@ -14,7 +14,7 @@ from tf_effopt.hyperparameters import Number
 from tf_effopt.rules import Evaluation, Matrices, ModelRule
 
 # Arguments of a rule that aren't hyper-parameters of its class.
-STEP_ARGUMENTS = ("t", "learning_rate", "w", "noise")
+STEP_ARGUMENTS = ("t", "learning_rate", "w", "noise", "input_axes")
 CLIP_ARGUMENTS = ("clipnorm", "clipvalue", "global_clipnorm")
 STAGE_ARGUMENTS = (
     *CLIP_ARGUMENTS,
@@ -86,6 +86,7 @@ class TrainedVariable:
         decays: whether the stage of weight decay acts on it.
         decay: the owner and the name of the number that decays it; None for none.
         matrices: how the rule looks at it; None if as it is.
+        input_axes: those along which the weights of an output unit lie.
     """
 
     index: int
@@ -99,6 +100,7 @@ class TrainedVariable:
     decays: bool
     decay: tuple[int, str] | None
     matrices: Matrices | None
+    input_axes: tuple[int, ...]
 
     @property
     def compute_dtype(self) -> str:

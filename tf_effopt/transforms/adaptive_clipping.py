@@ -6,8 +6,6 @@ https://arxiv.org/abs/2102.06171
 
 from __future__ import annotations
 
-import math
-
 from keras import ops
 
 from tf_effopt.hyperparameters import Patterns, Positive
@@ -15,33 +13,25 @@ from tf_effopt.paths import matches
 from tf_effopt.transforms.base import Transform
 
 
-def unit_norm(x):
-    """Returns the norm of each output unit of a kernel, of a vector as a whole.
-
-    Keras's kernels have their outputs last: `(inputs, outputs)`, `(height,
-    width, inputs, outputs)`; of three axes, `(inputs, heads, size)`, the last
-    two are outputs.
-    """
-    if math.prod(x.shape) == max(x.shape, default=1):
-        axes = range(len(x.shape))  # a vector, whatever axes of 1 it has
-    else:
-        axes = (0,) if len(x.shape) < 4 else range(len(x.shape) - 1)
-    if not len(x.shape):
+def unit_norm(x, input_axes):
+    """Returns the norm of each output unit's part of `x`."""
+    if not input_axes:
         return ops.abs(x)
-    return ops.sqrt(ops.sum(ops.square(x), axis=tuple(axes), keepdims=True))
+    return ops.sqrt(ops.sum(ops.square(x), axis=input_axes, keepdims=True))
 
 
-def clip_by_unit(g, *, w, clipping, epsilon):
+def clip_by_unit(g, *, w, input_axes, clipping, epsilon):
     """Returns `g`, each unit's norm at most `clipping` times that of its weight.
 
     Args:
         g: gradient.
         w: the weight, of the same shape.
+        input_axes: those along which the weights of a unit lie.
         clipping: scalar, the largest ratio of the two norms.
         epsilon: scalar, the least norm of a weight that counts.
     """
-    largest = clipping * ops.maximum(unit_norm(w), epsilon)
-    norm = unit_norm(g)
+    largest = clipping * ops.maximum(unit_norm(w, input_axes), epsilon)
+    norm = unit_norm(g, input_axes)
     one = 1 + 0 * norm
     return g * ops.where(norm > largest, largest / ops.maximum(norm, 1e-6 * one), one)
 
@@ -49,7 +39,9 @@ def clip_by_unit(g, *, w, clipping, epsilon):
 class AdaptiveClipping(Transform):
     """Clips each unit's gradient to a share of the norm of its weights.
 
-    The variant is the authors' code: per output unit, a bias as a whole.
+    The variant is the authors' code: per output unit, a bias as a whole, a depthwise
+    convolution by channel. Which axes are inputs Keras's usual names tell, also those
+    of transposed convolutions and attention's projections.
 
     Keeps no state; one more norm of weight and gradient.
 

@@ -39,9 +39,9 @@ class Transform:
       true changes no weight, slot, average or update count.
 
     Keyword-only arguments come by name: hyper-parameters of the class, numbers
-    of its `model_rule`, `w`, `t`, `learning_rate`, and for `before` also `noise`: a
-    function of a seed that returns standard normal numbers, the same on each
-    replica. Write them with operators and `keras.ops`.
+    of its `model_rule`, `w`, `t`, `learning_rate`, and for `before` also `input_axes`,
+    along which the weights of an output unit lie, and `noise`: a function of a seed
+    that returns standard normal numbers, the same on each replica. Write them with operators and `keras.ops`.
     """
 
     before: Callable | None = None

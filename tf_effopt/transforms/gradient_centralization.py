@@ -12,31 +12,26 @@ from tf_effopt.hyperparameters import Patterns
 from tf_effopt.paths import matches
 from tf_effopt.transforms.base import Transform
 
-# By Keras's names: what mixes rows or channels, and what has its outputs elsewhere.
-EXCLUDED = ("depthwise", "embeddings$", "transpose", "(query|key|value)/kernel$")
 
-
-def centralized(g):
-    """Returns `g` less its mean over all axes but the last, that of the outputs."""
-    return g - ops.mean(g, axis=tuple(range(len(g.shape) - 1)), keepdims=True)
+def centralized(g, *, input_axes):
+    """Returns `g` less its mean over each output unit's weights."""
+    return g - ops.mean(g, axis=input_axes, keepdims=True)
 
 
 class GradientCentralization(Transform):
     """Takes from the gradient of each output unit's weights their mean.
 
     The variant is the paper's equation 1, before the rule's moments, for all
-    tensors of two axes and more; vectors are left alone. Outputs are the last axis,
-    as in Keras's dense layers and convolutions. Where they aren't, in transposed
-    convolutions and in attention's query, key and value, kernels are left alone by
-    default. With a rule that is linear in the gradient, such as `SGD`, the sum of a
-    unit's weights then stays as it is.
+    tensors of two axes and more; vectors are left alone. Which axes are inputs Keras's
+    usual names tell, also those of transposed and depthwise convolutions and of
+    attention's projections. With a rule that is linear in the gradient, such as `SGD`,
+    the sum of a unit's weights then stays as it is.
 
     Keeps no state.
 
     When not to use it: where the mean of a unit's weights matters, as after inputs
     whose mean isn't 0 and without normalization. In an embedding's table it would
-    mix rows that have nothing to do with each other, in a depthwise convolution
-    channels: both are left out by default, by the usual names of their layers.
+    mix rows that have nothing to do with each other: it is left out by default.
 
     Reference: Yong et al., 2020, https://arxiv.org/abs/2004.01461
 
@@ -62,7 +57,7 @@ class GradientCentralization(Transform):
     before = staticmethod(centralized)
     exclude = Patterns()
 
-    def __init__(self, exclude=EXCLUDED):
+    def __init__(self, exclude=("embeddings$",)):
         self.exclude = exclude
 
     def acts_on(self, path, shape):
