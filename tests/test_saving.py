@@ -192,6 +192,25 @@ def test_loss_scale_that_was_loaded_waits_for_build(make, how, tmp_path):
     assert_identical(cases.train(loaded, STEPS), expected)
 
 
+@pytest.mark.parametrize("name", ["adam", "schedule_free_adamw"])
+def test_model_of_mixed_precision_loads_without_its_loss_scale(name, tmp_path):
+    """Keras wraps the optimizer, and saves the wrapper's state under its name."""
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = cases.compiled_model(BY_NAME[name].make(), cases.small_model())
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert type(model.optimizer) is keras.optimizers.LossScaleOptimizer
+    cases.train(model, STEPS).save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is type(BY_NAME[name].make())
+    inner = model.optimizer.inner_optimizer
+    for value, expected in zip(
+        arrays(loaded.optimizer.variables), arrays(inner.variables), strict=True
+    ):
+        np.testing.assert_array_equal(value, expected)
+
+
 def test_loss_scale_of_another_model_is_refused():
     store: dict[str, np.ndarray] = {}
     model = cases.compiled_model(tf_effopt.LossScaleOptimizer(tf_effopt.Adam()))

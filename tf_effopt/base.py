@@ -796,6 +796,7 @@ class Optimizer(keras.optimizers.Optimizer):
             ValueError: the state is that of another optimizer or model.
         """
         state = [np.array(store[str(i)]) for i in range(len(store.keys()))]
+        state = saving.without_loss_scale(state)
         if self.built:
             self._assign_state(state)
         elif len(state) > len(self.variables):

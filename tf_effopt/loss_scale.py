@@ -13,6 +13,7 @@ from tf_effopt import engine
 from tf_effopt.base import Optimizer
 from tf_effopt.checks import checked_gradients
 from tf_effopt.hyperparameters import Integer, Positive
+from tf_effopt.saving import OF_LOSS_SCALE
 
 
 @keras.saving.register_keras_serializable("tf_effopt")
@@ -170,12 +171,12 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         state = [np.array(store[str(i)]) for i in range(len(store.keys()))]
         # Saved before `build`, it lacks the scale, and the inner one has no slots.
-        n = OWN_VARIABLES if len(state) > OWN_VARIABLES else OWN_VARIABLES - 2
+        n = OF_LOSS_SCALE if len(state) > OF_LOSS_SCALE else OF_LOSS_SCALE - 2
         own, inner = state[:n], state[n:]
         self.inner_optimizer.load_own_variables(
             {str(i): value for i, value in enumerate(inner)}
         )
-        if self.built or n < OWN_VARIABLES:
+        if self.built or n < OF_LOSS_SCALE:
             self._assign_own(own)
         else:
             self._state_to_load = own
@@ -183,10 +184,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def _assign_own(self, state: list[np.ndarray]) -> None:
         for variable, value in zip(self._variables, state, strict=False):
             variable.assign(value)
-
-
-# Those of every optimizer, which do nothing here, the step counter and the scale.
-OWN_VARIABLES = 4
 
 
 class _Arguments:

@@ -6,6 +6,22 @@ from typing import Any
 
 import numpy as np
 
+# Variables of a `LossScaleOptimizer`: two that every optimizer has, and that do nothing
+# there, a counter and the scale.
+OF_LOSS_SCALE = 4
+
+
+def without_loss_scale(state: list[np.ndarray]) -> list[np.ndarray]:
+    """The state of an optimizer, also out of that of a `LossScaleOptimizer` around it.
+
+    Under the policy `mixed_float16` Keras's `compile` puts one around each optimizer,
+    and the model's file has its state, but not that it was there.
+    """
+    first = [(x.shape, x.dtype.kind) for x in state[: OF_LOSS_SCALE + 1]]
+    if first == [((), kind) for kind in "ififi"]:
+        return state[OF_LOSS_SCALE:]
+    return state
+
 
 def fits(state: list[np.ndarray], variables: list[Any]) -> bool:
     """Whether the values have the variables' number and shapes."""
