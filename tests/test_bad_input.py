@@ -606,3 +606,17 @@ def test_error_in_fit_loses_nothing():
         np.testing.assert_array_equal(value, old)
     cases.train(model, 1)
     assert int(model.optimizer.iterations) == 4
+
+
+def test_no_pairs_of_gradient_and_variable():
+    with pytest.raises(ValueError, match="a pair for each variable"):
+        tf_effopt.SGD().apply_gradients([])
+
+
+def test_numbers_of_the_inner_optimizer_are_set_there():
+    optimizer = tf_effopt.LossScaleOptimizer(tf_effopt.AdamW())
+    for name in ("beta_1", "weight_decay", "clipnorm"):
+        with pytest.raises(AttributeError, match=f"optimizer.inner_optimizer.{name}"):
+            setattr(optimizer, name, 0.5)
+    optimizer.learning_rate = 0.5
+    assert float(optimizer.inner_optimizer.learning_rate) == 0.5

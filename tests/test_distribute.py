@@ -382,6 +382,13 @@ def test_a_worker_that_fails_ends_the_others(script):
     assert "[launch] worker 0 failed with exit code 7: SIGTERM to worker 1" in out
 
 
+@pytest.mark.parametrize("option", ["--workers", "--grace", "--gpus-per-worker"])
+def test_wrong_numbers_for_the_launcher(option, capsys):
+    with pytest.raises(SystemExit):
+        launch.main([option, "-1", "script.py"])
+    assert f"{option} must be at least" in capsys.readouterr().err
+
+
 def test_no_worker_outlives_a_launcher_that_is_killed(script):
     path = script("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)")
     process = launch_script(path, "--workers", "2")

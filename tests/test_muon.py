@@ -140,6 +140,21 @@ def test_each_head_may_be_a_matrix_of_its_own():
         assert_orthogonal(out[head])
 
 
+@pytest.mark.parametrize(
+    ("equation", "name", "heads"),
+    [
+        ("abc,cde->abde", "query", 1),
+        ("abcd,cde->abe", "attention_output", 0),
+        ("abcd,cdef->abef", "attention_output", 0),  # of an output of two axes
+        ("abcd,bcde->ae", "projection", None),
+        ("abc,bce->ae", "projection", None),  # over the sequence: no heads
+        ("abc,cd->abd", "projection", None),
+    ],
+)
+def test_heads_are_those_of_attention(equation, name, heads):
+    assert layer_roles._einsum(equation, name).heads == heads
+
+
 def test_tied_weights_are_an_embedding():
     roles = tf_effopt.roles(transformer(tied=True), {"words": "embedding"})
     assert roles.paths("embedding") == ["words/embeddings"]

@@ -257,6 +257,39 @@ def raises():
     raise RuntimeError("my own trouble")
 
 
+@needs_libtpu
+def test_float64_is_refused_in_a_users_words():
+    def make():
+        layers = [keras.Input((4,)), keras.layers.Dense(2, dtype="float64")]
+        model = keras.Sequential(layers)
+        model.compile(tf_effopt.Adam(), "mse")
+        return model
+
+    for found in (tpu.compile_update(make), tpu.compile_train_step(make, 8)):
+        assert "can't sum float64 over its devices" in found.error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--json", "nowhere/a.json"], "there is no folder for nowhere/a.json"),
+        (["--markdown", "nowhere/a.md"], "there is no folder for nowhere/a.md"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_at_once(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_an_unknown_optimizer_has_a_hint(monkeypatch, capsys):
+    monkeypatch.setattr(compiler, "check_installed", lambda: None)
+    monkeypatch.setattr(compiler, "topology_devices", lambda topology: [None] * 4)
+    made = ["--model", "test_tpu:network", "--optimizer", "adamw"]
+    assert main(made) == 2
+    assert "no optimizer 'adamw'. Did you mean AdamW?" in capsys.readouterr().err
+
+
 def test_trouble_in_the_users_function_is_shown(monkeypatch, capsys):
     monkeypatch.setattr(compiler, "check_installed", lambda: None)
     monkeypatch.setattr(compiler, "topology_devices", lambda topology: [None] * 4)

@@ -463,6 +463,17 @@ class Optimizer(keras.optimizers.Optimizer):
         indices = [self._get_variable_index(v) for v in variables]
         return self._engine.apply(list(grads), indices)
 
+    def apply_gradients(self, grads_and_vars: Any) -> Any:
+        """As `apply`, of pairs of a gradient and its variable."""
+        pairs = list(grads_and_vars)
+        if not pairs:
+            raise ValueError(
+                "`grads_and_vars` must have a pair for each variable, as "
+                "`zip(gradients, model.trainable_variables)` gives them. Received: "
+                f"{grads_and_vars!r}, which has none."
+            )
+        return super().apply_gradients(pairs)
+
     def _without_frozen(self, grads: list, variables: list) -> tuple[list, list]:
         kept = [
             i
@@ -655,9 +666,9 @@ class Optimizer(keras.optimizers.Optimizer):
         skipped = self.skipped_steps or 0
         if skipped > self._skipped_before:
             warnings.warn(
-                f"{self.name}: {skipped - self._skipped_before} steps had a gradient "
-                "whose norm, or a learning rate that wasn't finite, and "
-                "changed nothing. If it isn't for loss scaling that finds its scale, "
+                f"{self.name}: {skipped - self._skipped_before} steps changed "
+                "nothing: the norm of their gradient, or their learning rate, wasn't "
+                "finite. If it isn't for loss scaling that finds its scale, "
                 "look for a division by zero or a too high learning rate.",
                 stacklevel=2,
             )

@@ -174,7 +174,9 @@ def roles(model: keras.Model, override: Mapping[str, str] | None = None) -> Role
     Kernels of dense layers, convolutions, attention's projections and recurrent
     cells are; embeddings, also where an output layer shares them, and the
     kernels of output layers aren't, nor are biases and scales. A layer of your
-    own is read by the names and shapes of its variables.
+    own is read by the names and shapes of its variables. The last layer of a model
+    without an output layer, such as a backbone by itself, is taken for one: see
+    `override`.
 
     Args:
         model: a Keras model that is built.
@@ -307,7 +309,7 @@ def _known_weights(layer: Any) -> Iterator[tuple[str, Callable[[Any], Role]]]:
         yield "_embeddings", lambda shape: Role(EMBEDDING, _last_axis_out(shape))
         yield "reverse_embeddings", lambda shape: Role(HEAD)
     elif isinstance(layer, keras.layers.EinsumDense):
-        yield "_kernel", lambda shape: _einsum(layer.equation)
+        yield "_kernel", lambda shape: _einsum(layer.equation, layer.name)
     elif isinstance(layer, keras.layers.Dense):
         yield "_kernel", _last_axis_role
     elif isinstance(layer, TRANSPOSED):
@@ -365,8 +367,8 @@ def _transposed(shape: Any) -> Role:
     return Role(HIDDEN, Matrices((*space, inputs), (outputs,)))
 
 
-def _einsum(equation: str) -> Role:
-    """Of the kernel in an equation such as `abc,cde->abde`."""
+def _einsum(equation: str, name: str = "") -> Role:
+    """Of the kernel in an equation such as `abc,cde->abde`, in a layer of this name."""
     operands, output = equation.replace(" ", "").split("->")
     data, kernel = operands.split(",")
     inputs = tuple(i for i, x in enumerate(kernel) if x in data and x not in output)
@@ -374,7 +376,10 @@ def _einsum(equation: str) -> Role:
     if not inputs or not outputs:
         return Role(OTHER)
     pair = next((axes for axes in (inputs, outputs) if len(axes) == 2), None)
-    is_attention = len(kernel) == 3 and pair is not None
+    # Attention keeps an axis of the sequence beside that of the batch.
+    is_attention = pair is not None and len(data) - len(inputs) >= 2
+    if len(kernel) > 3:
+        is_attention = is_attention and name == "attention_output"
     return Role(HIDDEN, Matrices(inputs, outputs), pair[0] if is_attention else None)
 
 

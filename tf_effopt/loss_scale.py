@@ -12,7 +12,7 @@ from keras import ops
 from tf_effopt import engine
 from tf_effopt.base import Optimizer
 from tf_effopt.checks import checked_gradients
-from tf_effopt.hyperparameters import Integer, Positive
+from tf_effopt.hyperparameters import Hyperparameter, Integer, Positive
 from tf_effopt.saving import OF_LOSS_SCALE
 
 
@@ -75,6 +75,17 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             **kwargs,
         )
         self._state_to_load = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inner = self.__dict__.get("inner_optimizer")
+        if inner is not None and isinstance(
+            getattr(type(inner), name, None), Hyperparameter
+        ):
+            raise AttributeError(
+                f"{name!r} is the inner optimizer's: set "
+                f"`optimizer.inner_optimizer.{name}`. Received: {name}={value!r}"
+            )
+        super().__setattr__(name, value)
 
     def build(self, var_list: list[Any]) -> None:
         """Makes the state for `var_list`, and assigns what was loaded before."""

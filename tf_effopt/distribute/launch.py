@@ -4,8 +4,8 @@
 
 Each worker runs `python script.py --its options` with a TF_CONFIG of its own, all on
 free ports of 127.0.0.1; its output comes out line by line behind `[worker 0]`. If one
-fails, the others are ended, and the exit code is its; SIGTERM and Ctrl-C are passed
-on. No worker outlives the launcher.
+fails, the others are ended, and the exit code is its; SIGTERM, SIGHUP and Ctrl-C are
+passed on. No worker outlives the launcher.
 
 For trying out on one machine what is to run on several: on one machine with several
 GPUs the strategy `mirrored` is faster.
@@ -76,7 +76,7 @@ class _Workers:
         self.lock = threading.Lock()  # so that lines stay whole
 
     def run(self) -> int:
-        signals = (signal.SIGTERM, signal.SIGINT)
+        signals = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
         handlers = {s: signal.signal(s, self._receive) for s in signals}
         try:
             return self._run()
@@ -245,6 +245,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.workers < 1:
         parser.error(f"--workers must be at least 1. Received: {options.workers}")
+    for name in ("gpus_per_worker", "grace"):
+        if not getattr(options, name) >= 0:
+            flag = "--" + name.replace("_", "-")
+            parser.error(
+                f"{flag} must be at least 0. Received: {getattr(options, name)}"
+            )
     command = [sys.executable, *(["-m"] if options.module else [])]
     return launch(
         [*command, options.script, *options.arguments],

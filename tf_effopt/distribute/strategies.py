@@ -41,7 +41,9 @@ def strategy(
             `"auto"`: a TPU if there is one, else workers if TF_CONFIG names
             several, else GPUs if there are several, else one device.
         replicas: with `"mirrored"`: how many GPUs, from the first; None is all.
-            Where there is no GPU, so many logical CPU devices, to try it out.
+            Where there is no GPU, so many logical CPU devices, to try it out. A
+            process trains with one number of replicas: TensorFlow's collectives of
+            another fail.
         tpu: with `"tpu"`: `"local"` on a TPU VM, else name or address.
 
     Returns:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import functools
 import importlib
 import inspect
@@ -38,7 +39,11 @@ class ModelFailed(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a line for each compilation; returns how many failed."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    for path in filter(None, (options.json, options.markdown)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            parser.error(f"there is no folder for {path}")
     reports = []
     try:
         compiler.check_installed()
@@ -125,7 +130,12 @@ def _with_optimizer(make_model: Callable, name: str | None) -> keras.Model:
     if name is not None and isinstance(model, keras.Model):
         cls = getattr(tf_effopt, name, None)
         if not (isinstance(cls, type) and issubclass(cls, tf_effopt.Optimizer)):
-            raise ValueError(f"tf_effopt has no optimizer {name!r}.")
+            near = difflib.get_close_matches(
+                name.lower(), map(str.lower, dir(tf_effopt))
+            )
+            named = [x for x in dir(tf_effopt) if x.lower() in near[:1]]
+            hint = f" Did you mean {named[0]}?" if named else ""
+            raise ValueError(f"tf_effopt has no optimizer {name!r}.{hint}")
         takes_roles = "roles" in inspect.signature(cls.__init__).parameters
         roles = {"roles": tf_effopt.roles(model)} if takes_roles else {}
         if model.compiled:  # its losses and metrics stay

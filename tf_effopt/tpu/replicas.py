@@ -16,6 +16,8 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.python.distribute.one_device_strategy import OneDeviceExtended
 
+from tf_effopt.tpu.compiler import CompileError
+
 
 class ProgramStrategy(tf.distribute.Strategy):
     """`replicas` devices, each running the same program on its own data."""
@@ -62,6 +64,11 @@ class _Extended(OneDeviceExtended):
         group = [list(range(self._replicas))]
 
         def reduced(x: Any) -> Any:
+            if x.dtype == tf.float64:
+                raise CompileError(
+                    "A TPU can't sum float64 over its devices: make the model's weights "
+                    "float32 or bfloat16."
+                )
             total = gen_xla_ops.xla_all_reduce(x, group, "Add", "CrossReplica")
             self.sums[x.ref()] = total
             mean = reduce_op == tf.distribute.ReduceOp.MEAN
