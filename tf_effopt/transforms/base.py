@@ -41,7 +41,8 @@ class Transform:
     Keyword-only arguments come by name: hyper-parameters of the class, numbers
     of its `model_rule`, `w`, `t`, `learning_rate`, and for `before` also `input_axes`,
     along which the weights of an output unit lie, and `noise`: a function of a seed
-    that returns standard normal numbers, the same on each replica. Write them with operators and `keras.ops`.
+    that returns standard normal numbers, the same on each replica. Write them with
+    operators and `keras.ops`.
     """
 
     before: Callable | None = None
