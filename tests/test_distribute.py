@@ -37,6 +37,7 @@ FEW = [
     "an_empty_replica_of_own_moments",
     "losses_that_layers_add",
     "generator",
+    "parts_of_arrays",
     "prediction",
     "infinite",
 ]

@@ -417,12 +417,37 @@ def generator(case):
     """It gives no batch again: none may be used up to build the model."""
     starts = range(0, ROWS, BATCH)
     batches = (
-        (X[i : i + BATCH].copy(), Y[i : i + BATCH].copy())
-        for _ in range(EPOCHS)
-        for i in starts
+        (X[i : i + BATCH], Y[i : i + BATCH]) for _ in range(EPOCHS) for i in starts
     )
     data = {"x": batches, "y": None, "batch_size": None}
     case.fit(adam, **data, steps_per_epoch=len(starts))
+
+
+def parts_of_arrays(case):
+    """Nothing may be written into the arrays that a data set gives parts of."""
+    x, y = (_aligned(array[: 3 * BATCH]) for array in (X, Y))
+
+    class Parts(keras.utils.PyDataset):
+        def __len__(self):
+            return len(x) // BATCH
+
+        def __getitem__(self, i):
+            return x[i * BATCH :][:BATCH], y[i * BATCH :][:BATCH]
+
+    data = {"x": Parts(), "y": None, "batch_size": None}
+    model = case.fit(adam, **data, validation_data=Parts())
+    model.predict(Parts(), verbose=0)
+    np.testing.assert_array_equal(x, X[: len(x)])
+    np.testing.assert_array_equal(y, Y[: len(y)])
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """A copy where TensorFlow takes it as it is: at a multiple of 64 bytes."""
+    memory = np.empty(array.size + 16, array.dtype)
+    first = -memory.ctypes.data % 64 // array.itemsize
+    copied = memory[first : first + array.size].reshape(array.shape)
+    copied[...] = array
+    return copied
 
 
 def prediction(case):
@@ -548,6 +573,7 @@ CASES = [
     shuffled,
     datasets,
     generator,
+    parts_of_arrays,
     prediction,
     fixed_size,
     recipe,

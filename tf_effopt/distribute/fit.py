@@ -54,6 +54,8 @@ def prepare(model: keras.Model) -> keras.Model:
     - Metrics are those of all examples, if their state adds up, as that of Keras's
       does. (Keras takes the mean of the replicas' results, which is wrong for those
       that aren't means, such as `AUC`.)
+    - On CPU replicas a generator's arrays stay as they are. (With Keras, results are
+      written into them.)
     - `fit` works with `MultiWorkerMirroredStrategy`. (Keras 3.15 fails there,
       keras#20585.) The model is built from the shapes of the data. (Keras builds it
       from the first batches, which a generator doesn't give again.)
@@ -111,6 +113,8 @@ class _Adapter:
         self._predict_step = model.predict_step
         self.strategy = strategy
         self.several_hosts = strategy.extended._in_multi_worker_mode()
+        devices = strategy.extended.worker_devices
+        self.on_cpu = all("CPU" in device for device in devices)
 
     def turn_off_jit(self) -> None:
         if self.model.jit_compile:
@@ -149,9 +153,15 @@ class _Adapter:
     def predict_step(self, data: Any) -> Any:
         first = _first_tensor(data)
         if not shares.may_be_empty(first):
-            return self._predict_step(data)
-        outputs = self._predict_step(stand_ins.given(data))
+            return self._predict_step(self._examples(data))
+        outputs = self._predict_step(self._examples(data))
         return stand_ins.taken_away(outputs, tf.shape(first)[0])
+
+    def _examples(self, data: Any) -> Any:
+        """What a step works on, of what a replica is given."""
+        if self.on_cpu:
+            data = tree.map_structure(_own_copy, data)
+        return stand_ins.given(data)
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None):
         """Builds the model for a replica's part of a batch, of which it takes none."""
@@ -171,7 +181,7 @@ class _Adapter:
         def counted_step(data: Any) -> Any:
             first = _first_tensor(data)
             with shares.counted(first), self._state_of_examples(first):
-                logs = step(stand_ins.given(data))
+                logs = step(self._examples(data))
             return self._with_metrics_of_all(logs)
 
         run = self._packing_logs if self.several_hosts else self.model._make_function
@@ -250,6 +260,15 @@ class _PackedLogs:
 
     def unpacked(self, packed: tf.Tensor) -> Any:
         return tree.pack_sequence_as(self.structure, _parted(packed, self.shapes))
+
+
+def _own_copy(x: Any) -> Any:
+    """A copy: TensorFlow takes parts of a generator's arrays for its own.
+
+    It would write into the user's array where it needs a place for a result.
+    """
+    is_plain = isinstance(x, tf.Tensor) and x.dtype != tf.string
+    return tf.raw_ops.DeepCopy(x=x) if is_plain else x
 
 
 def _first_tensor(data: Any) -> Any:
