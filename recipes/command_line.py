@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import difflib
 import inspect
 import types
 import typing
@@ -15,6 +14,7 @@ from typing import Any
 import keras
 
 import tf_effopt
+from tf_effopt.arguments import did_you_mean
 
 
 class UsageError(Exception):
@@ -77,12 +77,6 @@ def _plain_type(hint: Any) -> Callable[[str], Any]:
 
 def flag(field: str) -> str:
     return "--" + field.replace("_", "-")
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    lower = {k.lower(): k for k in known}
-    near = difflib.get_close_matches(name.lower(), lower, n=1)
-    return f" Did you mean {lower[near[0]]}?" if near else ""
 
 
 # ---------------------------------------------------------------- optimizers

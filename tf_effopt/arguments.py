@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Iterable
 
 
 def constructor_arguments(cls: type) -> list[str]:
@@ -16,13 +17,18 @@ def constructor_arguments(cls: type) -> list[str]:
     ]
 
 
+def did_you_mean(name: str, known: Iterable[str], quote: str = "") -> str:
+    """A hint at the likest name, with a space in front; empty if none is like it."""
+    lower = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f" Did you mean {quote}{lower[near[0]]}{quote}?" if near else ""
+
+
 def unknown_argument(cls: type, name: str, *further: type) -> str:
     """What to say of an argument that neither `cls` nor `further` classes take."""
     known = [x for one in (cls, *further) for x in constructor_arguments(one)]
     known = list(dict.fromkeys(known))
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean `{near[0]}`?" if near else ""
     return (
-        f"`{cls.__name__}` has no argument `{name}`.{hint} "
+        f"`{cls.__name__}` has no argument `{name}`.{did_you_mean(name, known, '`')} "
         f"It takes: {', '.join(known)}."
     )

@@ -151,10 +151,10 @@ class _Adapter:
             model.test_function = self._make_function(model.test_step)
 
     def predict_step(self, data: Any) -> Any:
+        outputs = self._predict_step(self._examples(data))
         first = _first_tensor(data)
         if not shares.may_be_empty(first):
-            return self._predict_step(self._examples(data))
-        outputs = self._predict_step(self._examples(data))
+            return outputs
         return stand_ins.taken_away(outputs, tf.shape(first)[0])
 
     def _examples(self, data: Any) -> Any:

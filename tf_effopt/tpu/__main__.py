@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import importlib
 import inspect
@@ -29,6 +28,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 
 import tf_effopt
+from tf_effopt.arguments import did_you_mean
 from tf_effopt.tpu import compiler, report
 from tf_effopt.tpu.steps import compile_train_step, compile_update
 
@@ -130,11 +130,7 @@ def _with_optimizer(make_model: Callable, name: str | None) -> keras.Model:
     if name is not None and isinstance(model, keras.Model):
         cls = getattr(tf_effopt, name, None)
         if not (isinstance(cls, type) and issubclass(cls, tf_effopt.Optimizer)):
-            near = difflib.get_close_matches(
-                name.lower(), map(str.lower, dir(tf_effopt))
-            )
-            named = [x for x in dir(tf_effopt) if x.lower() in near[:1]]
-            hint = f" Did you mean {named[0]}?" if named else ""
+            hint = did_you_mean(name, tf_effopt.__all__)
             raise ValueError(f"tf_effopt has no optimizer {name!r}.{hint}")
         takes_roles = "roles" in inspect.signature(cls.__init__).parameters
         roles = {"roles": tf_effopt.roles(model)} if takes_roles else {}
