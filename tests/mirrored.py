@@ -404,6 +404,64 @@ def programs_per_replica():
     }
 
 
+def measured_gradients():
+    """How often squares are summed outside of the replicas' programs."""
+
+    def measured(make_optimizer, dtype="float32", sparse=False):
+        strategy = tf.distribute.MirroredStrategy()
+        with strategy.scope():
+            values = [np.zeros((4, 2)), np.zeros(3), np.zeros(2)]
+            weights = [keras.Variable(x, dtype=dtype) for x in values]
+            optimizer = make_optimizer()
+            optimizer.build(weights)
+
+        def replica():
+            gradients = [tf.ones(w.shape, w.dtype) for w in weights]
+            if sparse:
+                rows = tf.ones((2, 2), dtype)
+                indices = tf.constant([0, 3])
+                shape = tf.constant([4, 2])
+                gradients[0] = tf.IndexedSlices(rows, indices, shape)
+            optimizer.apply(gradients)
+
+        step = tf.function(lambda: strategy.run(replica))
+        operations = step.get_concrete_function().graph.get_operations()
+        return sum(operation.type == "L2Loss" for operation in operations)
+
+    return {
+        "once": {
+            "plain": measured(adam()),
+            "float64": measured(adam(), "float64"),
+            "clipped": measured(adam(global_clipnorm=1.0)),
+            "accumulated": measured(adam(gradient_accumulation_steps=2)),
+            "sparse": measured(adam(), sparse=True),
+            "wrapped": measured(lambda: tf_effopt.LossScaleOptimizer(adam()())),
+        },
+        "by each": {
+            "bfloat16": measured(adam(), "bfloat16"),
+            "clipped mean": measured(
+                adam(gradient_accumulation_steps=2, global_clipnorm=1.0)
+            ),
+            "loss scaled": measured(adam(loss_scale_factor=8.0)),
+            "lazy": measured(adam(lazy=True), sparse=True),
+        },
+    }
+
+
+def infinite_sum():
+    """Of gradients that are finite on each replica."""
+    strategy = tf.distribute.MirroredStrategy()
+    with strategy.scope():
+        variable = keras.Variable(np.zeros((2, 2), "float32"))
+        optimizer = adam()()
+        optimizer.build([variable])
+    strategy.run(lambda: optimizer.apply([tf.fill((2, 2), 2e38)]))
+    changed = [
+        v.path for v in [variable, *optimizer.variables[2:]] if np.any(v.numpy())
+    ]
+    return {"changed": changed, "skipped": optimizer.skipped_steps}
+
+
 def mixed_strategies():
     """Clear errors instead of TensorFlow's."""
     found = []
@@ -454,6 +512,8 @@ OURS = [
     other_reductions,
     training_loop_without_build,
     programs_per_replica,
+    measured_gradients,
+    infinite_sum,
     mixed_strategies,
 ]
 SCENARIOS = {scenario.__name__: scenario for scenario in SHARED}

@@ -73,6 +73,7 @@ def test_the_engine_names_no_rule():
 # Parts that are imported when they are asked for.
 DISTRIBUTE = ("fit", "hooks", "shares", "stand_ins", "strategies")
 TENSORFLOW = [
+    "engine/reduction.py",
     "engine/tensorflow.py",
     *(f"distribute/{name}.py" for name in DISTRIBUTE),
     *(f"tpu/{name}.py" for name in ("replicas", "report", "steps")),

@@ -120,6 +120,17 @@ def test_one_compiled_program_per_replica(ours):
     assert result["compiled"] == [True, True]
 
 
+def test_the_cpu_measures_the_gradient_once_for_all_replicas(ours):
+    """The matrix, and the vectors together."""
+    result = ours["measured_gradients"]
+    assert set(result["once"].values()) == {2}, result
+    assert set(result["by each"].values()) == {0}, result
+
+
+def test_an_infinite_sum_of_finite_gradients_is_skipped(ours):
+    assert ours["infinite_sum"] == {"changed": [], "skipped": 1}
+
+
 def test_mixing_strategies_says_what_to_do(ours):
     errors = ours["mixed_strategies"]["errors"]
     assert len(errors) == 3

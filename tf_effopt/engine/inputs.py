@@ -24,8 +24,8 @@ class Inputs:
         gradients: for each variable a dense tensor, `Rows`, or None (only
             its average moves).
         scalars: the numbers of this step.
-        totals: phase -> sums over all devices, those known so far; None where
-            there is one device only.
+        totals: phase -> sums over all devices, those known so far; what is missing
+            is measured here, where there is one device only.
         matrix_steps: what `matrices.matrix_steps` returns, if it is known; None
             where it is to be computed.
         stacks_matrices: whether large matrices of one shape are multiplied as
@@ -52,7 +52,8 @@ class Inputs:
 
     def total(self, phase: str, sums: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The sums of a phase over all devices."""
-        return sums() if self.totals is None else self.totals[phase]
+        known = self.totals or {}
+        return known[phase] if phase in known else sums()
 
 
 def in_compute_dtype(v: TrainedVariable, slots: dict) -> dict:

@@ -145,6 +145,12 @@ class Plan:
         return self.clip in ("clipnorm", "global_clipnorm")
 
     @property
+    def measures_received(self) -> bool:
+        """Whether what is measured of the gradient is so of the one received."""
+        accumulates = self.accumulation_steps > 1 and self.needs_norms
+        return not (self.loss_scale or accumulates)
+
+    @property
     def decides(self) -> bool:
         """Whether a transform may skip a step."""
         return any(transform.decides for transform in self.transforms)

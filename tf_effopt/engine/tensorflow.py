@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_effopt.engine import is_sparse, stages
+from tf_effopt.engine import is_sparse, reduction, stages
 from tf_effopt.engine.base import Engine
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.matrices import Share
@@ -112,7 +112,7 @@ class TensorFlowEngine(Engine):
         gradients = self._all_reduce_gradients(list(received))
         programs = self._programs_for(gradients, indices)
         optimizer, scalars = self.optimizer, self.scalars()
-        totals = None
+        totals = self._known_totals(gradients, indices)
         if len(programs) > 1:
             # Clipping by a global norm, for one, looks at all devices.
             totals = {}
@@ -171,33 +171,31 @@ class TensorFlowEngine(Engine):
 
     def _all_reduce_gradients(self, gradients: list[Any]) -> list[Any]:
         if self.gradient_dtype is None or self.strategy.num_replicas_in_sync == 1:
-            return self._all_reduce(gradients)
-        sent = [_cast(g, self.gradient_dtype) for g in gradients]
-        pairs = zip(self._all_reduce(sent), gradients, strict=True)
-        return [_cast(total, g.dtype) for total, g in pairs]
+            return reduction.all_reduce(gradients)
+        sent = [reduction.cast(g, self.gradient_dtype) for g in gradients]
+        pairs = zip(reduction.all_reduce(sent), gradients, strict=True)
+        return [reduction.cast(total, g.dtype) for total, g in pairs]
 
-    def _all_reduce(self, gradients: list[Any]) -> list[Any]:
-        """Stage 1: the sum over replicas, the same bits on each."""
-        context = tf.distribute.get_replica_context()
-        if context is None or context.num_replicas_in_sync == 1:
-            return gradients
-        one_host = isinstance(context.strategy, tf.distribute.MirroredStrategy)
+    def _known_totals(self, gradients: list[Any], indices: list[int]) -> dict | None:
+        """What of all replicas is known before their programs run."""
+        dtypes = {self.variables[i].compute_dtype for i in indices}
         if (
-            one_host
-            and not tf.__internal__.distribute.strategy_supports_no_merge_call()
+            not reduction.share_memory(self.strategy)
+            or not self.plan.measures_received
+            or any(is_sparse(g) for g in gradients)
+            or {g.dtype.name for g in gradients} | dtypes != {self.scalar_dtype}
         ):
-            # One tensor from outside of all replicas would be summed as one.
-            own = [g if is_sparse(g) else tf.identity(g) for g in gradients]
-            return context.merge_call(_reduce_on_this_host, args=(own,))
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+            return None
+        return {stages.GRADIENT: {"total": reduction.squared_norm(gradients)}}
 
     def _all_reduce_each(self, nested: Any) -> Any:
         """The sums over replicas of nested tensors."""
         flat = tf.nest.flatten(nested)
-        return tf.nest.pack_sequence_as(nested, self._all_reduce(flat) if flat else [])
+        sums = reduction.all_reduce(flat) if flat else []
+        return tf.nest.pack_sequence_as(nested, sums)
 
     def finite_everywhere(self, finite: Any) -> Any:
-        count = self._all_reduce([tf.cast(finite, "float32")])[0]
+        count = reduction.all_reduce([tf.cast(finite, "float32")])[0]
         return count >= self.strategy.num_replicas_in_sync
 
     def assign_alike(self, variable: Any, value: Any) -> None:
@@ -483,16 +481,6 @@ class Program:
         return outcome.finite, outcome.counted, outcome.model
 
 
-def _cast(gradient: Any, dtype: Any) -> Any:
-    """A gradient of at least 32 bits, or back to it, in another dtype."""
-    if gradient.dtype.size < 4 and tf.as_dtype(dtype).size < 4:
-        return gradient
-    if not is_sparse(gradient):
-        return tf.cast(gradient, dtype)
-    values = tf.cast(gradient.values, dtype)
-    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
-
-
 def _plain(scalars: Scalars) -> tuple:
     """As `tf.function` can take them."""
     return (
@@ -501,47 +489,6 @@ def _plain(scalars: Scalars) -> tuple:
         scalars.pairs,
         scalars.model,
     )
-
-
-def _reduce_on_this_host(strategy: Any, gradients: list[Any]) -> list[Any]:
-    """Sums per-replica gradients without a collective.
-
-    TensorFlow's collectives can't stand in the loop that
-    `steps_per_execution` makes, so this moves the tensors itself: with NCCL
-    between GPUs, by copies between CPUs.
-    """
-    reducer = _reducer(strategy)
-    # What is packed into one transfer has to have one dtype.
-    reduced: list[Any] = [None] * len(gradients)
-    groups: dict[Any, list[int]] = {}
-    for i, g in enumerate(gradients):
-        first = strategy.experimental_local_results(g)[0]
-        groups.setdefault((is_sparse(first), first.dtype), []).append(i)
-    for members in groups.values():
-        pairs = [(gradients[i], gradients[i]) for i in members]
-        results = reducer.batch_reduce(tf.distribute.ReduceOp.SUM, pairs)
-        for i, result in zip(members, results, strict=True):
-            reduced[i] = result
-    return reduced
-
-
-def _reducer(strategy: Any) -> Any:
-    """The strategy's own cross-device operation, where it can be called here."""
-    own = strategy.extended._cross_device_ops
-    devices = strategy.extended.worker_devices
-    # TensorFlow's hierarchical copy makes two groups of equal size: of an odd
-    # number of devices it leaves out the last one.
-    hierarchical = tf.distribute.HierarchicalCopyAllReduce
-    if isinstance(own, hierarchical) and len(devices) % 2 == 0:
-        return own
-    if isinstance(
-        own, tf.distribute.ReductionToOneDevice | tf.distribute.NcclAllReduce
-    ):
-        return own
-    if all("GPU" in device for device in devices):
-        return tf.distribute.NcclAllReduce()
-    # Between CPUs this copies nothing, not even to pack the tensors.
-    return tf.distribute.ReductionToOneDevice()
 
 
 @functools.cache
