@@ -245,6 +245,7 @@ def make_plan(
         ema=optimizer.use_ema,
         overwrites=optimizer.use_ema and used["ema_overwrite_frequency"],
         loss_scale=used["loss_scale_factor"],
+        elementwise=optimizer.elementwise,
     )
     return plan, variables
 

@@ -87,6 +87,7 @@ class TrainedVariable:
         decay: the owner and the name of the number that decays it; None for none.
         matrices: how the rule looks at it; None if as it is.
         input_axes: those along which the weights of an output unit lie.
+        is_stack: whether it is several variables, along the first axis of each tensor.
     """
 
     index: int
@@ -101,6 +102,7 @@ class TrainedVariable:
     decay: tuple[int, str] | None
     matrices: Matrices | None
     input_axes: tuple[int, ...]
+    is_stack: bool = False
 
     @property
     def compute_dtype(self) -> str:
@@ -123,8 +125,10 @@ class Plan:
         accumulation_steps: gradients summed up for one update.
         clip: None or the clipping argument that is set.
         ema, loss_scale, overwrites: whether the stage exists.
-        selects: whether a step to be skipped is computed and not taken, as is best on
-            a TPU; else it goes through another branch, as is best elsewhere.
+        elementwise: whether each element's step depends on it alone.
+        is_for_tpu: whether the program is one for a TPU. There a step to be skipped is
+            computed and not taken, else it goes through another branch; small tensors
+            are stacked; and matrix products check whether the gradient is finite.
     """
 
     numbers: dict[tuple[int, str], Any]
@@ -138,7 +142,8 @@ class Plan:
     ema: bool
     overwrites: bool
     loss_scale: bool
-    selects: bool = False
+    elementwise: bool
+    is_for_tpu: bool = False
 
     @property
     def needs_norms(self) -> bool:
@@ -149,6 +154,16 @@ class Plan:
         """Whether what is measured of the gradient is so of the one received."""
         accumulates = self.accumulation_steps > 1 and self.needs_norms
         return not (self.loss_scale or accumulates)
+
+    @property
+    def checks_by_products(self) -> bool:
+        """Whether matrix products tell if the gradient is finite.
+
+        The rules that look at whole tensors have sums of their own over them, which
+        share their loop with squares.
+        """
+        squares = self.needs_norms or not self.elementwise
+        return self.is_for_tpu and self.measures_received and not squares
 
     @property
     def decides(self) -> bool:
@@ -192,6 +207,12 @@ class Arguments:
         self._cached: dict[tuple[int, str], dict[str, Any]] = {}
         self._zeros: dict[str, Any] = {}
         self._rates: dict[tuple, Any] = {}
+
+    def anew(self) -> Arguments:
+        """The same, of which no tensor has been made yet."""
+        other = Arguments(self.plan, self.scalars, self.t)
+        other.numbers = self.numbers
+        return other
 
     def of(self, owner: int, dtype: str) -> dict[str, Any]:
         """Name -> what a function of `owner` on tensors of `dtype` receives."""

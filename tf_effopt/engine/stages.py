@@ -44,6 +44,7 @@ from tf_effopt.engine.gradients import (
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.matrices import Share, matrix_steps
 from tf_effopt.engine.plan import OPTIMIZER, Arguments, Plan
+from tf_effopt.engine.stacks import Stacks
 from tf_effopt.engine.updates import averaged, updated, upkept
 
 
@@ -122,6 +123,14 @@ def matrix_share(inputs: Inputs, share: Share) -> dict[int, tuple[Any, dict]]:
 
 def step(inputs: Inputs) -> tuple[list[dict], Outcome]:
     """Stages 3 to 12 for the variables of one device; returns the next state."""
+    if not inputs.plan.is_for_tpu:
+        return _step(inputs)
+    stacks = Stacks(inputs)
+    after, outcome = _step(stacks.inputs)
+    return stacks.apart(after), outcome
+
+
+def _step(inputs: Inputs) -> tuple[list[dict], Outcome]:
     plan, scalars = inputs.plan, inputs.scalars
     prepared = Prepared(inputs)
     gradients, total = prepared.gradients, prepared.total
@@ -166,7 +175,7 @@ def step(inputs: Inputs) -> tuple[list[dict], Outcome]:
         return averaged(inputs, after), model, mark
 
     unchanged = (before, model_before, mark)
-    if plan.selects and n == 1:
+    if plan.is_for_tpu and n == 1:
         after, model, mark = _where(proceed, update(), unchanged)
         # Of the weights that are kept: XLA makes one loop of a tensor's update only
         # if what leads to an output is one itself.

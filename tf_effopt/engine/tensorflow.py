@@ -84,8 +84,8 @@ class TensorFlowEngine(Engine):
         self, state: list[dict | None], model_state: dict[int, dict[str, Any]]
     ) -> None:
         super().build(state, model_state)
-        selects = _compiles_steps(self.strategy)
-        self.plan = dataclasses.replace(self.plan, selects=selects)
+        is_for_tpu = _compiles_steps(self.strategy)
+        self.plan = dataclasses.replace(self.plan, is_for_tpu=is_for_tpu)
         only_first = tf.VariableAggregation.ONLY_FIRST_REPLICA
         # Outside of what Keras and `tf.train.Checkpoint` track: their number
         # and order of variables stays Keras's.

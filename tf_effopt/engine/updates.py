@@ -116,9 +116,11 @@ def _apply_rule(
     plan = inputs.plan
     w = ops.cast(tensors["weight"], v.compute_dtype)
     mine = arguments.for_variable(v) | {"w": w}
-    delta, new_slots = step or v.rule(
-        g, in_compute_dtype(v, tensors["slots"]), arguments=mine
-    )
+    slots = in_compute_dtype(v, tensors["slots"])
+    if v.is_stack:
+        delta, new_slots = _rule_of_each(v, g, slots, w, arguments)
+    else:
+        delta, new_slots = step or v.rule(g, slots, arguments=mine)
     for transform in plan.transforms:
         if transform.after is not None and transform.owner in v.transforms:
             own = arguments.for_variable(v, transform.owner) | {"w": w}
@@ -140,6 +142,20 @@ def _apply_rule(
         bits = _bits(v, inputs.t, elements, salt=0) if stochastic else None
         after["weight"] = precision.store(w + delta, v.dtype, bits)
     return after
+
+
+def _rule_of_each(
+    v: TrainedVariable, g: Any, slots: dict, w: Any, arguments: Arguments
+) -> tuple[Any, dict]:
+    """What the rule makes of each member of a stack, as stacks."""
+
+    def rule(tensors: tuple) -> tuple[Any, dict]:
+        g, slots, w = tensors
+        # Made here: what is made in this function can't be used outside of it.
+        mine = arguments.anew().for_variable(v) | {"w": w}
+        return v.rule(g, slots, arguments=mine)
+
+    return ops.vectorized_map(rule, (g, slots, w))
 
 
 def switched(inputs: Inputs, to_evaluation: bool) -> list[Any]:
