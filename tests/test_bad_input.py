@@ -226,6 +226,8 @@ def test_numbers_of_numpy_are_counts_and_switches():
         ("AdamW", "weight_decays", "weight_decay"),
         ("GradientDescent", "global_clip_norm", "global_clipnorm"),
         ("Adam", "learning_rates", "learning_rate"),
+        ("Adam", "lr", "learning_rate"),
+        ("AdamW", "wd", "weight_decay"),
     ],
 )
 def test_unknown_argument_gets_the_near_name(class_name, wrong, near):
@@ -611,6 +613,21 @@ def test_error_in_fit_loses_nothing():
 def test_no_pairs_of_gradient_and_variable():
     with pytest.raises(ValueError, match="a pair for each variable"):
         tf_effopt.SGD().apply_gradients([])
+
+
+def test_a_loss_scale_shows_what_is_of_the_inner_optimizer():
+    inner = tf_effopt.ScheduleFreeAdamW(groups=[tf_effopt.Group(".", frozen=True)])
+    optimizer = tf_effopt.LossScaleOptimizer(inner)
+    optimizer.build([keras.Variable([1.0], name="kernel")])
+    assert optimizer.describe() == inner.describe()
+    assert optimizer.groups is inner.groups
+    assert optimizer.transforms is inner.transforms
+    assert optimizer.skipped_steps == 0
+    assert optimizer.is_evaluating is False
+    optimizer.use_evaluation_weights()
+    optimizer.use_training_weights()
+    with pytest.raises(AttributeError, match="no attribute 'beta_3'"):
+        print(optimizer.beta_3)
 
 
 def test_numbers_of_the_inner_optimizer_are_set_there():

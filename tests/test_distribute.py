@@ -206,6 +206,7 @@ assert make().num_replicas_in_sync == 1
             "'mirrored', replicas=0",
             "must be an integer of at least 1. Received: replicas=0",
         ),
+        ("'mirrored', replicas=True", "of at least 1. Received: replicas=True"),
         ("'none', replicas=2", "`replicas` is for 'mirrored'.*replicas=2"),
         ("'mirrored'", r"No GPU is visible.*replicas=2.*tf_effopt\[gpu\]"),
         ("'multi_worker'", "TF_CONFIG, such as .*launch --workers 2.*TF_CONFIG=''"),

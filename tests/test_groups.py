@@ -608,6 +608,29 @@ def test_a_layer_saved_before_it_had_weights():
     assert repr(group) == "Group(<layer 'later'>, frozen=True)"
 
 
+def test_layers_without_weights_may_be_members(tmp_path):
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(3),
+            keras.layers.ReLU(),
+            keras.layers.Dropout(0.5),
+            keras.layers.Dense(2),
+        ]
+    )
+    group = Group(model.layers[:3], learning_rate_multiplier=0.0)
+    model.compile(AdamW(0.1, groups=[group]), "mse", jit_compile=False)
+    train(model, 1)
+    assert group.indices == {0, 1}
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.groups[0].indices == {0, 1}
+    with pytest.raises(ValueError, match="none of the 2 variables"):
+        other = keras.layers.Dense(1)
+        other.build((None, 1))
+        SGD(groups=[Group(other)]).build(model.layers[0].trainable_variables)
+
+
 def test_a_loaded_layer_knows_its_other_variables(tmp_path):
     """Of a half-frozen layer, the file names the frozen half, too."""
     model = small_model()

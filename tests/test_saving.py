@@ -237,6 +237,114 @@ def test_model_that_was_saved_before_it_trained(name, rate, tmp_path):
     assert_identical(cases.train(loaded, STEPS), expected)
 
 
+def assert_same(weights: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    for found, value in zip(weights, expected, strict=True):
+        np.testing.assert_array_equal(found, value)
+
+
+@pytest.mark.parametrize("built", [False, True], ids=["", "built"])
+@pytest.mark.parametrize("in_file", ["nothing", "numbers", "state"])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda x: x, tf_effopt.LossScaleOptimizer, keras.optimizers.LossScaleOptimizer],
+    ids=["plain", "ours", "keras"],
+)
+def test_pretrained_weights_of_another_training(wrap, in_file, built, tmp_path):
+    """A file without a state, or with that of an optimizer that isn't wrapped."""
+    path = tmp_path / "model.weights.h5"
+    source = cases.small_model()
+    source.set_weights([np.full(w.shape, 0.5) for w in source.weights])
+    if in_file != "nothing":
+        cases.compiled_model(BY_NAME["adam"].make(), source)
+    if in_file == "state":
+        cases.train(source, 1)
+    source.save_weights(path)
+    model = cases.compiled_model(wrap(BY_NAME["adam"].make()))
+    if built:
+        model.optimizer.build(model.trainable_variables)
+    model.load_weights(path)
+    assert_same(model.get_weights(), source.get_weights())
+    cases.train(model, 1)
+    count = (
+        2
+        if in_file == "state" and wrap is not keras.optimizers.LossScaleOptimizer
+        else 1
+    )
+    inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    assert int(inner.iterations) == count
+
+
+@pytest.mark.parametrize("built", [False, True], ids=["", "built"])
+def test_a_schedule_takes_no_learning_rate_of_a_file(built, tmp_path):
+    path = tmp_path / "model.weights.h5"
+    cases.compiled_model(tf_effopt.SGD(0.5)).save_weights(path)
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.25, 10, 0.5)
+    model = cases.compiled_model(tf_effopt.Adam(schedule))
+    if built:
+        model.optimizer.build(model.trainable_variables)
+    model.load_weights(path)
+    cases.train(model, 1)
+    assert int(model.optimizer.iterations) == 1
+
+
+def built_early(optimizer: tf_effopt.Optimizer) -> keras.Model:
+    """With an optimizer that is built before the weights are there."""
+    model = cases.compiled_model(optimizer)
+    model.set_weights([w + 1 for w in model.get_weights()])
+    optimizer.build(model.trainable_variables)
+    model.set_weights([w - 1 for w in model.get_weights()])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("prodigy", {}),
+        ("schedule_free_adamw", {}),
+        ("schedule_free_adamw", {"gradient_accumulation_steps": 2}),
+        ("adam", {"use_ema": True}),
+    ],
+)
+def test_weights_that_come_after_build_are_those_it_starts_at(name, options):
+    make = BY_NAME[name].make
+    expected = cases.train(cases.compiled_model(make(**options)), STEPS)
+    found = cases.train(built_early(make(**options)), STEPS)
+    assert_identical(found, everything(expected))
+
+
+def test_a_weight_without_gradient_in_the_first_update_starts_at_itself():
+    optimizer = BY_NAME["schedule_free_adamw"].make()
+    weights = [keras.Variable([9.0]), keras.Variable([9.0])]
+    optimizer.build(weights)
+    weights[0].assign([1.0])
+    weights[1].assign([2.0])
+    optimizer.apply([tf.constant([1.0]), None], weights)
+    slots = [v for v in optimizer.variables if v.path.endswith("momentum")]
+    assert [float(slots[1][0]), len(slots)] == [2.0, 2]
+
+
+@pytest.mark.parametrize("name", ["adam", "schedule_free_adamw"])
+@pytest.mark.filterwarnings("ignore:.*weights for evaluation are in place")
+def test_the_end_of_a_training_without_an_update_changes_nothing(name):
+    average = {"use_ema": True} if name == "adam" else {}
+    optimizer = BY_NAME[name].make(gradient_accumulation_steps=8, **average)
+    model = built_early(optimizer)
+    before = model.get_weights()
+    model.fit(cases.X, cases.Y, batch_size=8, verbose=0)  # two of eight
+    optimizer.use_evaluation_weights()
+    assert_same(model.get_weights(), before)
+
+
+def test_the_end_of_a_training_whose_values_are_gone():
+    """So it is on JAX where a step has raised."""
+    optimizer = tf_effopt.Adam(use_ema=True)
+    weight = keras.Variable([1.0])
+    optimizer.build([weight])
+    optimizer._iterations._value = None
+    optimizer.finalize_variable_values([weight])
+    assert float(weight[0]) == 1.0
+
+
 def with_group(name: str) -> tf_effopt.Optimizer:
     group = tf_effopt.Group("first", learning_rate_multiplier=0.5)
     return BY_NAME[name].make(use_ema=True, groups=[group])

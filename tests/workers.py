@@ -337,6 +337,38 @@ def scalar_loss(case):
     case.fit(lambda: tf_effopt.SGD(0.05), loss=loss)
 
 
+def losses_inside_of_others(case):
+    """In a loss, a metric and a layer each counts once, by its share of the examples."""
+    mse, huber = keras.losses.MeanSquaredError(), keras.losses.Huber()
+
+    class Penalty(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss(0.1 * mse(keras.ops.ones_like(x), x))
+            return x
+
+    def make_model():
+        model = dense_model()
+        model.add(Penalty())
+        return model
+
+    def scalar(y, p):
+        return keras.ops.mean(keras.ops.abs(y - p))
+
+    case.fit(
+        lambda: tf_effopt.SGD(0.05),
+        make_model,
+        loss=lambda y, p: 0.5 * mse(y, p) + 0.5 * huber(y, p),
+        validation_data=(X[:7], Y[:7]),
+        compile_options={
+            "metrics": [
+                scalar,
+                keras.losses.MeanAbsoluteError(),
+                lambda y, p: mse(y, p),
+            ]
+        },
+    )
+
+
 def regularizer(case):
     make_model = lambda: dense_model(kernel_regularizer="l2")
     case.fit(lambda: tf_effopt.SGD(0.05), make_model)
@@ -562,6 +594,7 @@ CASES = [
     eagerly,
     sums,
     scalar_loss,
+    losses_inside_of_others,
     regularizer,
     masks,
     two_outputs,

@@ -19,7 +19,10 @@ def constructor_arguments(cls: type) -> list[str]:
 
 def did_you_mean(name: str, known: Iterable[str], quote: str = "") -> str:
     """A hint at the likest name, with a space in front; empty if none is like it."""
-    lower = {k.lower(): k for k in known}
+    known = list(known)
+    # By its initials, too: `lr` is the learning rate.
+    lower = {"".join(part[:1] for part in k.lower().split("_")): k for k in known}
+    lower |= {k.lower(): k for k in known}
     near = difflib.get_close_matches(name.lower(), lower, n=1)
     return f" Did you mean {quote}{lower[near[0]]}{quote}?" if near else ""
 

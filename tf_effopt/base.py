@@ -24,6 +24,7 @@ from tf_effopt.checks import (
     same_shape,
     without_none,
 )
+from tf_effopt.engine import keras_hooks
 from tf_effopt.engine.base import check_dtype, dtype_name
 from tf_effopt.engine.plan import EVALUATING, OPTIMIZER
 from tf_effopt.groups import Group, checked_groups, frozen_indices
@@ -273,8 +274,8 @@ class Optimizer(keras.optimizers.Optimizer):
                 self._engine.build(state, self._build_model_state(state))
         if self._state_to_load is not None:
             with self._engine.building():
-                self._assign_state(self._pending_state())
-            self._state_to_load = None
+                state, self._state_to_load = self._pending_state(), None
+                self._assign_state(state)
 
     def _find_members(self, trained: Trained) -> None:
         for group in self.groups:
@@ -647,8 +648,10 @@ class Optimizer(keras.optimizers.Optimizer):
         Args:
             var_list: the model's trainable variables; others stay as they are.
         """
+        if not keras_hooks.has_value(self._iterations):
+            return  # JAX's `fit` took the values, and ends by an error of the step.
         # Weights for evaluation are an average already.
-        if self.use_ema and self.built and self.evaluation is None:
+        if self.use_ema and self._has_updated() and self.evaluation is None:
             indices = [
                 self._trainable_variables_indices[self._var_key(v)]
                 for v in var_list
@@ -707,9 +710,13 @@ class Optimizer(keras.optimizers.Optimizer):
                     "`optimizer.build(model.trainable_variables)` first."
                 )
             return
-        steps = int(keras.ops.convert_to_numpy(self._iterations))
-        if steps and self.is_evaluating != to_evaluation:
+        if self._has_updated() and self.is_evaluating != to_evaluation:
             self._engine.switch(to_evaluation)
+
+    def _has_updated(self) -> bool:
+        """Whether there was an update: averages, and the like, are worth something."""
+        micro_steps = int(keras.ops.convert_to_numpy(self._iterations))
+        return self.built and micro_steps >= (self.gradient_accumulation_steps or 1)
 
     # --------------------------------------------------------- weight decay
 
@@ -808,6 +815,8 @@ class Optimizer(keras.optimizers.Optimizer):
         """
         state = [np.array(store[str(i)]) for i in range(len(store.keys()))]
         state = saving.without_loss_scale(state)
+        if not state:
+            return  # The file is of a model that wasn't compiled.
         if self.built:
             self._assign_state(state)
         elif len(state) > len(self.variables):
@@ -839,8 +848,9 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def _assign_state(self, state: list[np.ndarray]) -> None:
         variables = self.variables
-        if len(state) == len(self._numbers()) and int(state[0]) == 0:
-            variables = self._numbers()  # It was saved before `build`.
+        if saving.is_untrained(state):
+            variables = self._numbers()
+            state = state[: len(variables)]  # A schedule takes no learning rate.
         if not saving.fits(state, variables):
             first = self._slots_start
             slots = self.convert_keras_slots(state[first:], steps=int(state[0]))

@@ -130,7 +130,11 @@ class Group:
                 f"{self!r} is another optimizer's already: make a group for each."
             )
         found = self.members.find(trained)
-        lost = [m for m, of in zip(self.members.members, found, strict=True) if not of]
+        lost = [
+            member
+            for member, of in zip(self.members.members, found, strict=True)
+            if not (of or getattr(member, "has_none", False))
+        ]
         if lost and not (self.optional or some_are_gone):
             raise ValueError(
                 f"{self!r} has members that are none of the "

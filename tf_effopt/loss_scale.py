@@ -13,7 +13,17 @@ from tf_effopt import engine
 from tf_effopt.base import Optimizer
 from tf_effopt.checks import checked_gradients
 from tf_effopt.hyperparameters import Hyperparameter, Integer, Positive
-from tf_effopt.saving import OF_LOSS_SCALE
+from tf_effopt.saving import OF_LOSS_SCALE, size_of_loss_scale
+
+OF_THE_INNER_OPTIMIZER = (
+    "describe",
+    "groups",
+    "is_evaluating",
+    "skipped_steps",
+    "transforms",
+    "use_evaluation_weights",
+    "use_training_weights",
+)
 
 
 @keras.saving.register_keras_serializable("tf_effopt")
@@ -86,6 +96,12 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 f"`optimizer.inner_optimizer.{name}`. Received: {name}={value!r}"
             )
         super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        inner = self.__dict__.get("inner_optimizer")
+        if name in OF_THE_INNER_OPTIMIZER and isinstance(inner, Optimizer):
+            return getattr(inner, name)
+        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
 
     def build(self, var_list: list[Any]) -> None:
         """Makes the state for `var_list`, and assigns what was loaded before."""
@@ -181,14 +197,13 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             ValueError: the state is that of another optimizer or model.
         """
         state = [np.array(store[str(i)]) for i in range(len(store.keys()))]
-        # Saved before `build`, it lacks the scale, and the inner one has no slots.
-        n = OF_LOSS_SCALE if len(state) > OF_LOSS_SCALE else OF_LOSS_SCALE - 2
+        n = size_of_loss_scale(state)
         own, inner = state[:n], state[n:]
         self.inner_optimizer.load_own_variables(
             {str(i): value for i, value in enumerate(inner)}
         )
         if self.built or n < OF_LOSS_SCALE:
-            self._assign_own(own)
+            self._assign_own(own)  # Nothing, if the state is another optimizer's.
         else:
             self._state_to_load = own
 

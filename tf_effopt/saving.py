@@ -17,10 +17,28 @@ def without_loss_scale(state: list[np.ndarray]) -> list[np.ndarray]:
     Under the policy `mixed_float16` Keras's `compile` puts one around each optimizer,
     and the model's file has its state, but not that it was there.
     """
-    first = [(x.shape, x.dtype.kind) for x in state[: OF_LOSS_SCALE + 1]]
-    if first == [((), kind) for kind in "ififi"]:
-        return state[OF_LOSS_SCALE:]
-    return state
+    return state[OF_LOSS_SCALE:] if _starts_with(state, "ififi") else state
+
+
+def size_of_loss_scale(state: list[np.ndarray]) -> int:
+    """How much of a state is of a `LossScaleOptimizer` itself, not the one inside."""
+    if _starts_with(state, "ififi"):
+        return OF_LOSS_SCALE
+    # Saved before `build`, it lacks the scale, and the inner one has no slots.
+    unbuilt = len(state) <= OF_LOSS_SCALE and _starts_with(state, "ifi")
+    return OF_LOSS_SCALE - 2 if unbuilt else 0
+
+
+def is_untrained(state: list[np.ndarray]) -> bool:
+    """Whether it is that of an optimizer before `build`: nothing but its numbers."""
+    numbers = len(state) <= 2 and all(x.shape == () for x in state)
+    return bool(state) and numbers and int(state[0]) == 0
+
+
+def _starts_with(state: list[np.ndarray], kinds: str) -> bool:
+    """Whether the first values are scalars of these kinds of dtype."""
+    first = [(x.shape, x.dtype.kind) for x in state[: len(kinds)]]
+    return first == [((), kind) for kind in kinds]
 
 
 def fits(state: list[np.ndarray], variables: list[Any]) -> bool:
@@ -45,8 +63,8 @@ def check_fits(name: str, state: list[np.ndarray], variables: list[Any]) -> None
         "Use the class, the arguments that decide on state (momentum, "
         "amsgrad, use_ema, gradient_accumulation_steps, a learning rate "
         "that is a number) and the trainable variables that it was saved "
-        "with; or start with no state: `load_model(path, compile=False)`, "
-        "then `compile`."
+        "with; or start with no state: `load_model(path, compile=False)` or "
+        "`load_weights` before `compile`."
     )
 
 

@@ -126,14 +126,18 @@ class Layer:
         layer: itself, with the variables it has when they are looked for; None
             if this comes from a file.
         references: its variables, as far as they are known.
+        has_none: whether it is known to have no variables, as an activation.
     """
 
     name: str
     layer: Any = None
     references: list[Reference] = dataclasses.field(default_factory=list)
+    has_none: bool = False
 
     def find(self, trained: Trained) -> list[int]:
         self._look()
+        if self.has_none:
+            return []
         if not self.references:  # It was saved before it had any.
             pattern = Pattern(f"(^|/){re.escape(self.name)}/")
             return [] if self.layer is not None else pattern.find(trained)
@@ -146,6 +150,7 @@ class Layer:
                 known.get(id(v)) or Reference(path_of(v), variable=v)
                 for v in self.layer.weights
             ]
+            self.has_none = self.layer.built and not self.references
 
     def copy(self, memo: dict) -> Layer:
         copied = any(id(x.variable) in memo for x in self.references)
@@ -153,12 +158,13 @@ class Layer:
             self.name,
             None if copied else self.layer,
             [reference.copy(memo) for reference in self.references],
+            self.has_none,
         )
 
     def get_config(self) -> dict[str, Any]:
         self._look()
         variables = [[x.path, x.index] for x in self.references]
-        return {"layer": self.name, "variables": variables}
+        return {"layer": self.name, "variables": None if self.has_none else variables}
 
     def __repr__(self) -> str:
         return f"<layer {self.name!r}>"
@@ -207,7 +213,9 @@ def _member(given: Any) -> Pattern | Reference | Layer:
     if isinstance(given, dict) and "path" in given:
         return Reference(**given)
     if isinstance(given, dict) and "layer" in given:
-        return Layer(given["layer"], None, [Reference(*x) for x in given["variables"]])
+        saved = given["variables"]
+        references = [Reference(*x) for x in saved or []]
+        return Layer(given["layer"], None, references, has_none=saved is None)
     raise ValueError(f"{given!r} is no regular expression, variable or layer")
 
 

@@ -15,16 +15,22 @@ from tensorflow.python.distribute.cross_device_utils import CollectiveReplicaLau
 from tensorflow.python.distribute.values import PerReplicaSpec
 
 losses: Any = importlib.import_module("keras.src.losses.loss")
+metrics: Any = importlib.import_module("keras.src.metrics.reduction_metrics")
 nn: Any = importlib.import_module("keras.src.backend.tensorflow.nn")
+global_state: Any = importlib.import_module("keras.src.backend.common.global_state")
 
-# Functions of the modules above, which `shares` replaces.
-REPLACED = (
-    (losses, "apply_mask"),
-    (losses, "reduce_values"),
-    (losses, "scale_loss_for_distribution"),
-    (losses, "unscale_loss_for_distribution"),
-    (nn, "_compute_moments_sync"),
-)
+# What `shares` replaces, and by what.
+REPLACED = {
+    (losses, "apply_mask"): "apply_mask",
+    (losses, "reduce_values"): "reduce_values",
+    (losses, "scale_loss_for_distribution"): "scale_loss_for_distribution",
+    (losses, "unscale_loss_for_distribution"): "unscale_loss_for_distribution",
+    (losses.Loss, "__call__"): "call_loss",
+    (metrics, "reduce_to_samplewise_values"): "reduce_to_samplewise_values",
+    (metrics.MeanMetricWrapper, "update_state"): "update_metric",
+    (nn, "_compute_moments_sync"): "compute_moments_sync",
+}
+CALL_CONTEXT = "current_call_ctx"  # Keras's state while it is in a layer's call
 MODEL = (
     "_flatten_layers",
     "_make_function",
@@ -51,6 +57,10 @@ def collectives_in_loops() -> Iterator[None]:
         setattr(CollectiveReplicaLauncher, LAUNCHER, default)
 
 
+def in_layer_call() -> bool:
+    return global_state.get_global_attribute(CALL_CONTEXT) is not None
+
+
 def of_first_replica(spec: Any) -> Any:
     """What is known of a tensor's part of a batch on this process's first replica."""
     return spec._component_specs[0] if isinstance(spec, PerReplicaSpec) else spec
@@ -59,9 +69,23 @@ def of_first_replica(spec: Any) -> Any:
 def missing() -> list[str]:
     """The names of this list that the installed packages don't have."""
     absent = [f"{m.__name__}.{x}" for m, x in REPLACED if not hasattr(m, x)]
+    called = _Called()
+    called(0)
+    if not called.saw_it:
+        absent.append(f"global_state.{CALL_CONTEXT}")
     absent += [f"Model.{x}" for x in MODEL if not hasattr(keras.Model, x)]
     if not isinstance(getattr(keras.layers.Layer(), LAYER, None), list):
         absent.append(f"Layer.{LAYER}")
     if not hasattr(CollectiveReplicaLauncher, LAUNCHER):
         absent.append(f"CollectiveReplicaLauncher.{LAUNCHER}")
     return absent
+
+
+class _Called(keras.layers.Layer):
+    """Tells whether `in_layer_call` is so in a layer's call."""
+
+    saw_it = False
+
+    def call(self, x: Any) -> Any:
+        self.saw_it = in_layer_call()
+        return x

@@ -4,6 +4,9 @@ Keras takes the mean over each replica's examples, and the mean of these means.
 Within `counted`, each replica's mean counts by its share of the examples, so that
 their sum is the mean over the whole batch, as on one device. What stands in for
 examples (`stand_ins`) counts nothing.
+
+A loss that is called inside of another, of a metric or of a layer is part of what counts
+already: it is the plain mean over this replica's examples.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ class _Here(threading.local):
 
     share: tf.Tensor | None = None  # of the batch's examples; None: not counted
     weight: tf.Tensor | None = None  # 0 of what stands in for examples, else 1 or None
+    losses: int = 0  # how many are being called, one inside of the other
+    in_metric: bool = False
 
 
 _here = _Here()
@@ -70,16 +75,58 @@ def install() -> None:
 
     Outside of `counted` they do what Keras's do.
     """
-    for module, name in hooks.REPLACED:
-        kerass = getattr(module, name)
-        ours = functools.partial(globals()[name.lstrip("_")], kerass)
-        setattr(module, name, functools.wraps(kerass)(ours))
+    for (owner, name), mine in hooks.REPLACED.items():
+        setattr(owner, name, _replaced(getattr(owner, name), globals()[mine]))
+
+
+def _replaced(kerass: Any, mine: Any) -> Any:
+    @functools.wraps(kerass)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return mine(kerass, *args, **kwargs)
+
+    return function
+
+
+def _is_part_of_another() -> bool:
+    return _here.losses > 1 or _here.in_metric or hooks.in_layer_call()
+
+
+def call_loss(kerass: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
+    """`Loss.__call__`."""
+    _here.losses += 1
+    try:
+        return kerass(loss, *args, **kwargs)
+    finally:
+        _here.losses -= 1
+
+
+def update_metric(kerass: Any, metric: Any, *args: Any, **kwargs: Any) -> Any:
+    """`update_state` of a metric that is the mean of a function."""
+    _here.in_metric = True
+    try:
+        return kerass(metric, *args, **kwargs)
+    finally:
+        _here.in_metric = False
+
+
+def reduce_to_samplewise_values(
+    kerass: Any, values: Any, sample_weight: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """A function's own mean over this replica's examples counts by their share."""
+    values, weight = kerass(values, sample_weight, *args, **kwargs)
+    is_mean = _here.in_metric and weight is None and values.shape.rank == 0
+    if _here.share is None or not is_mean:
+        return values, weight
+    share = tf.cast(_here.share, values.dtype)
+    return values * share, share
 
 
 def scale_loss_for_distribution(kerass: Any, value: Any) -> Any:
     """A mean over this replica's examples -> its part of the batch's mean."""
     if _here.share is None:
         return kerass(value)
+    if _is_part_of_another():
+        return value
     return value * tf.cast(_here.share, value.dtype)
 
 
@@ -101,6 +148,8 @@ def reduce_values(
     """The losses of this replica's examples -> its part of the batch's loss."""
     if _here.share is None:
         return kerass(values, sample_weight, reduction)
+    if _is_part_of_another():
+        return _mean(kerass, values, sample_weight, reduction)
     if reduction not in MEANS:
         return _weighted(kerass(values, sample_weight, reduction))
     if values.shape.rank == 0:  # a loss function that has taken the mean itself
@@ -110,7 +159,11 @@ def reduce_values(
         return tf.math.divide_no_nan(
             _weighted(tf.reduce_sum(values)), tf.cast(weight, values.dtype)
         )
-    if values.shape[0] == 0:  # eagerly; of these Keras makes no number
+    return _mean(kerass, values, sample_weight, reduction)
+
+
+def _mean(kerass: Any, values: Any, sample_weight: Any, reduction: Any) -> Any:
+    if values.shape.rank and values.shape[0] == 0:  # of these Keras makes no number
         return tf.reduce_sum(values)
     return kerass(values, sample_weight, reduction)
 
@@ -120,7 +173,8 @@ def apply_mask(
 ) -> Any:
     """Weights that make up for what is masked: on all replicas, not on each."""
     weight = kerass(sample_weight, mask, dtype, reduction)
-    if _here.share is None or mask is None or reduction not in MEANS[:2]:
+    everywhere_alike = mask is None or reduction not in MEANS[:2]
+    if _here.share is None or everywhere_alike or _is_part_of_another():
         return weight
     kept = _weighted(tf.stack([tf.reduce_sum(tf.cast(mask, tf.float32)), _size(mask)]))
     everywhere = summed(kept)

@@ -10,6 +10,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_effopt.checks import as_int
+
 NAMES = ("auto", "none", "mirrored", "multi_worker", "tpu")
 
 # What TensorFlow has to find in the environment when it is imported, to reach a
@@ -59,7 +61,8 @@ def strategy(
             f"`name` must be one of {', '.join(map(repr, NAMES))}. "
             f"Received: name={name!r}"
         )
-    if replicas is not None and not (isinstance(replicas, int) and replicas >= 1):
+    replicas = as_int(replicas)
+    if replicas is not None and not (type(replicas) is int and replicas >= 1):
         raise ValueError(
             "`replicas` must be an integer of at least 1. Received: "
             f"replicas={replicas!r}"

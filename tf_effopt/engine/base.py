@@ -292,6 +292,12 @@ def _describe(
                 decay=decay,
                 matrices=part.matrices,
                 input_axes=input_axes(*optimizer._known[i]),
+                starts_at_weight=tuple(
+                    letter
+                    for group in part.groups()
+                    for letter, slot in group.items()
+                    if slot.starts_at_weight
+                ),
             )
         )
     return variables

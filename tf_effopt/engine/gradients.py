@@ -9,7 +9,7 @@ from typing import Any
 
 from keras import ops
 
-from tf_effopt.engine.inputs import Inputs, in_compute_dtype, own_arguments
+from tf_effopt.engine.inputs import Inputs, own_arguments
 from tf_effopt.engine.plan import (
     EVALUATING,
     OPTIMIZER,
@@ -225,7 +225,7 @@ class Transformed:
                 for letter, x in self.inputs.scalars.model[owner].items()
             }
             arguments |= own_arguments(v, tensors, model.measure, self.arguments)
-            slots = in_compute_dtype(v, tensors["slots"])
+            slots = self.inputs.slots(v, tensors)
             measured = model.measure(g, slots, arguments=arguments)
             for name, x in measured.items():
                 parts.setdefault(name, []).append(x)

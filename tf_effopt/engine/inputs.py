@@ -55,9 +55,17 @@ class Inputs:
         known = self.totals or {}
         return known[phase] if phase in known else sums()
 
+    def slots(self, v: TrainedVariable, tensors: dict) -> dict[str, Any]:
+        """The slots of a variable in the dtype of the arithmetic.
 
-def in_compute_dtype(v: TrainedVariable, slots: dict) -> dict:
-    return {k: ops.cast(x, v.compute_dtype) for k, x in slots.items()}
+        Before the first update those that start at the weight are the weight of now:
+        it may have been loaded after `build`.
+        """
+        slots = {k: ops.cast(x, v.compute_dtype) for k, x in tensors["slots"].items()}
+        for letter in v.starts_at_weight:
+            w = ops.cast(tensors["weight"], v.compute_dtype)
+            slots[letter] = ops.where(self.t == 1, w, slots[letter])
+        return slots
 
 
 def own_arguments(

@@ -32,6 +32,7 @@ STATE = ("_model_variables_moving_average", "_accumulated_gradients")
 # On layers, and on the tensors of a functional model.
 LAYER = ("_flatten_layers",)
 TENSOR = ("_keras_history",)
+VARIABLE = ("_value",)
 
 
 def sublayers(model: keras.Model) -> list[keras.layers.Layer]:
@@ -43,6 +44,11 @@ def own_history(tensor: Any) -> tuple[Any, list[Any]]:
     """The operation that made a functional model's tensor, and its inputs."""
     operation, node_index, _ = tensor._keras_history
     return operation, operation._inbound_nodes[node_index].input_tensors
+
+
+def has_value(variable: keras.Variable) -> bool:
+    """Not so on JAX while `fit` has the values in its compiled step."""
+    return variable._value is not None
 
 
 def missing() -> list[str]:
@@ -60,4 +66,6 @@ def missing() -> list[str]:
     absent += [f"Optimizer().{name}" for name in STATE if not hasattr(averaged, name)]
     absent += [f"Layer.{x}" for x in LAYER if not hasattr(keras.layers.Layer, x)]
     tensor = keras.Input((1,))
-    return absent + [f"KerasTensor.{x}" for x in TENSOR if not hasattr(tensor, x)]
+    absent += [f"KerasTensor.{x}" for x in TENSOR if not hasattr(tensor, x)]
+    variable = keras.Variable(0.0)
+    return absent + [f"Variable.{x}" for x in VARIABLE if not hasattr(variable, x)]

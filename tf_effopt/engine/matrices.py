@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from tf_effopt.engine.inputs import Inputs, in_compute_dtype
+from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.plan import Arguments
 from tf_effopt.rules import Matrices
 
@@ -134,7 +134,7 @@ def _together(
 ) -> dict[int, tuple[Any, dict]]:
     """The rule once, for variables that are trained alike."""
     first = inputs.variables[members[0]]
-    slots = [in_compute_dtype(inputs.variables[i], state[i]["slots"]) for i in members]
+    slots = [inputs.slots(inputs.variables[i], state[i]) for i in members]
 
     def stacked(tensors: list[Any]) -> Any:
         parts = [

@@ -87,6 +87,7 @@ class TrainedVariable:
         decay: the owner and the name of the number that decays it; None for none.
         matrices: how the rule looks at it; None if as it is.
         input_axes: those along which the weights of an output unit lie.
+        starts_at_weight: the letters of the slots that do.
         is_stack: whether it is several variables, along the first axis of each tensor.
     """
 
@@ -102,6 +103,7 @@ class TrainedVariable:
     decay: tuple[int, str] | None
     matrices: Matrices | None
     input_axes: tuple[int, ...]
+    starts_at_weight: tuple[str, ...]
     is_stack: bool = False
 
     @property

@@ -8,7 +8,7 @@ from keras import ops
 
 from tf_effopt import precision, random
 from tf_effopt.averaging import ema
-from tf_effopt.engine.inputs import Inputs, in_compute_dtype
+from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.matrices import matrix_steps
 from tf_effopt.engine.plan import EVALUATING, OPTIMIZER, Arguments, TrainedVariable
 from tf_effopt.engine.sparse import Rows
@@ -53,6 +53,8 @@ def _update_one(
         after |= g.scatter(touched, rows)
     elif g is not None:
         after |= _apply_rule(inputs, v, tensors, g, arguments, step)
+    elif v.starts_at_weight:
+        after["slots"] = _stored(inputs.slots(v, tensors), tensors)
     if g is not None and v.constraint is not None:
         after["weight"] = ops.cast(v.constraint(after["weight"]), v.dtype)
     return after
@@ -96,7 +98,7 @@ def _at_training(
     w = tensors["weight"]
     back = inputs.plan.evaluation.to_training(
         ops.cast(w, v.compute_dtype),
-        in_compute_dtype(v, tensors["slots"]),
+        inputs.slots(v, tensors),
         arguments=arguments.for_variable(v),
     )
     evaluating = inputs.scalars.model[OPTIMIZER][EVALUATING] > 0
@@ -116,7 +118,7 @@ def _apply_rule(
     plan = inputs.plan
     w = ops.cast(tensors["weight"], v.compute_dtype)
     mine = arguments.for_variable(v) | {"w": w}
-    slots = in_compute_dtype(v, tensors["slots"])
+    slots = inputs.slots(v, tensors)
     if v.is_stack:
         delta, new_slots = _rule_of_each(v, g, slots, w, arguments)
     else:
@@ -127,11 +129,7 @@ def _apply_rule(
             delta = transform.after(delta, g, arguments=own)
     if v.decays:
         delta = delta - mine["learning_rate"] * mine["weight_decay"] * w
-    after = {
-        "slots": {
-            k: ops.cast(new_slots[k], x.dtype) for k, x in tensors["slots"].items()
-        }
-    }
+    after = {"slots": _stored(new_slots, tensors)}
     if "compensation" in tensors:
         delta = delta + ops.cast(tensors["compensation"], v.compute_dtype)
         after["weight"] = precision.store(w + delta, v.dtype)
@@ -142,6 +140,11 @@ def _apply_rule(
         bits = _bits(v, inputs.t, elements, salt=0) if stochastic else None
         after["weight"] = precision.store(w + delta, v.dtype, bits)
     return after
+
+
+def _stored(slots: dict, tensors: dict) -> dict:
+    """Slots in the dtypes in which they are kept."""
+    return {k: ops.cast(slots[k], x.dtype) for k, x in tensors["slots"].items()}
 
 
 def _rule_of_each(
@@ -167,7 +170,7 @@ def switched(inputs: Inputs, to_evaluation: bool) -> list[Any]:
         precision.store(
             way(
                 ops.cast(tensors["weight"], v.compute_dtype),
-                in_compute_dtype(v, tensors["slots"]),
+                inputs.slots(v, tensors),
                 arguments=arguments.for_variable(v),
             ),
             v.dtype,
