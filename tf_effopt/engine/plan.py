@@ -158,6 +158,11 @@ class Plan:
         return not (self.loss_scale or accumulates)
 
     @property
+    def stacks(self) -> bool:
+        """Whether small tensors are stacked: not so where a branch would copy them."""
+        return self.is_for_tpu and self.accumulation_steps == 1
+
+    @property
     def checks_by_products(self) -> bool:
         """Whether matrix products tell if the gradient is finite.
 

@@ -123,7 +123,7 @@ def matrix_share(inputs: Inputs, share: Share) -> dict[int, tuple[Any, dict]]:
 
 def step(inputs: Inputs) -> tuple[list[dict], Outcome]:
     """Stages 3 to 12 for the variables of one device; returns the next state."""
-    if not inputs.plan.is_for_tpu:
+    if not inputs.plan.stacks:
         return _step(inputs)
     stacks = Stacks(inputs)
     after, outcome = _step(stacks.inputs)
