@@ -45,14 +45,17 @@ def prepare(model: keras.Model) -> keras.Model:
       device; with sample weights, class weights and masks, too. (Keras takes the mean
       of the replicas' means.) A loss function that returns a scalar is taken for a
       mean over the examples; what layers add (`add_loss`, regularizers) counts by the
-      share of examples. A `train_step` of your own gets this by calling
+      share of examples. A loss called in another, in a metric or in a layer counts
+      once. (Keras divides it by the number of replicas in a metric, and in a layer
+      twice.) A `train_step` of your own gets this by calling
       `self.compute_loss`, which returns this replica's part of the loss: log it times
       `strategy.num_replicas_in_sync`.
     - A replica without examples works on one that counts nothing, of ones, or of zeros
       for integers, whose loss must have a finite gradient. It has no part in moments of
-      `BatchNormalization`. (With Keras, convolutions and moments fail there.)
+      `BatchNormalization`. (With Keras, convolutions and moments fail there.) Batches
+      of `SparseTensor` have to be at least as large as there are replicas.
     - Metrics are those of all examples, if their state adds up, as that of Keras's
-      does. (Keras takes the mean of the replicas' results, which is wrong for those
+      does; a metric function that returns a scalar is taken for a mean. (Keras takes the mean of the replicas' results, which is wrong for those
       that aren't means, such as `AUC`.)
     - On CPU replicas a generator's arrays stay as they are. (With Keras, results are
       written into them.)
