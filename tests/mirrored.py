@@ -22,6 +22,7 @@ import tensorflow as tf
 from cases import TRANSFORMS
 
 import tf_effopt
+from tf_effopt.engine import tensorflow as engine
 from tf_effopt.optimizers import muon
 
 optimizers = importlib.import_module(sys.argv[1])
@@ -256,6 +257,16 @@ def groups():
         return optimizer
 
     return compare(make)
+
+
+def divided_matrices_as_on_a_tpu():
+    """Where small tensors are stacked, too."""
+    original = engine._compiles_steps
+    engine._compiles_steps = lambda strategy: strategy.num_replicas_in_sync == 2
+    try:
+        return divided_matrices()
+    finally:
+        engine._compiles_steps = original
 
 
 def divided_matrices():
@@ -506,6 +517,7 @@ OURS = [
     numbers_of_the_model,
     groups,
     divided_matrices,
+    divided_matrices_as_on_a_tpu,
     a_gradient_from_outside,
     compressed_gradients,
     weights_for_evaluation,

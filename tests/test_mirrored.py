@@ -36,6 +36,7 @@ OURS = [
     "numbers_of_the_model",
     "groups",
     "divided_matrices",
+    "divided_matrices_as_on_a_tpu",
     "weights_for_evaluation",
     "other_reductions",
     "training_loop_without_build",

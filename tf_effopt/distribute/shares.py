@@ -102,11 +102,11 @@ def call_loss(kerass: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
 
 def update_metric(kerass: Any, metric: Any, *args: Any, **kwargs: Any) -> Any:
     """`update_state` of a metric that is the mean of a function."""
-    _here.in_metric = True
+    before, _here.in_metric = _here.in_metric, True
     try:
         return kerass(metric, *args, **kwargs)
     finally:
-        _here.in_metric = False
+        _here.in_metric = before
 
 
 def reduce_to_samplewise_values(

@@ -41,7 +41,14 @@ class Stacks:
             variables=[_one(inputs.variables, group) for group in self._groups],
             state=[_stacked(inputs.state, group) for group in self._groups],
             gradients=[_stacked(inputs.gradients, group) for group in self._groups],
+            matrix_steps=self._at_new_places(inputs.matrix_steps),
         )
+
+    def _at_new_places(self, steps: dict[int, Any] | None) -> dict[int, Any] | None:
+        if steps is None:
+            return None
+        firsts = [group[0] for group in self._groups]
+        return {place: steps[i] for place, i in enumerate(firsts) if i in steps}
 
     def apart(self, state: list[dict]) -> list[dict]:
         """The state of each variable, out of that of the stacks."""
