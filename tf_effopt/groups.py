@@ -133,7 +133,8 @@ class Group:
         lost = [
             member
             for member, of in zip(self.members.members, found, strict=True)
-            if not (of or getattr(member, "has_none", False))
+            # Beside others, a layer without weights, such as an activation, may stand.
+            if not of and not (any(found) and getattr(member, "has_none", False))
         ]
         if lost and not (self.optional or some_are_gone):
             raise ValueError(

@@ -70,7 +70,7 @@ def missing() -> list[str]:
     """The names of this list that the installed packages don't have."""
     absent = [f"{m.__name__}.{x}" for m, x in REPLACED if not hasattr(m, x)]
     called = _Called()
-    called(0)
+    called(keras.ops.zeros((1,)))
     if not called.saw_it:
         absent.append(f"global_state.{CALL_CONTEXT}")
     absent += [f"Model.{x}" for x in MODEL if not hasattr(keras.Model, x)]
