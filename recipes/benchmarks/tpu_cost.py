@@ -224,11 +224,7 @@ Cycles are the compiler's estimate, without copies and collectives, and no time.
 
 Where an update needs more than a tenth of its state besides, it is compiled a second
 time, with the sums of gradients in the gradients' place, as within a step of training;
-the program that needs less is shown. `SGD` on v6e is such a case: 15.0 MB the first
-time. The compiler's own report gives 4.5 of them to arrays and the rest to some 650
-asynchronous copies, 16 KB each for a tuple of 32 bytes:
-`XLA_FLAGS=--xla_dump_to=DUMP python -m tf_effopt.tpu --optimizer SGD --topology v6e:2x2`,
-then `DUMP/*buffer-assignment.txt` lists each with its size and place.
+the program that needs less is shown.
 
 {table}"""
 
