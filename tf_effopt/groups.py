@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from tf_effopt.hyperparameters import Hyperparameter, NonNegative, Switch
-from tf_effopt.selection import Selection, Trained, nothing_found
+from tf_effopt.selection import Selection, Trained, has_no_weights, nothing_found
 
 
 class Members(Hyperparameter):
@@ -134,7 +134,7 @@ class Group:
             member
             for member, of in zip(self.members.members, found, strict=True)
             # Beside others, a layer without weights, such as an activation, may stand.
-            if not of and not (any(found) and getattr(member, "has_none", False))
+            if not of and not (any(found) and has_no_weights(member))
         ]
         if lost and not (self.optional or some_are_gone):
             raise ValueError(

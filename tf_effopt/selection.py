@@ -170,6 +170,11 @@ class Layer:
         return f"<layer {self.name!r}>"
 
 
+def has_no_weights(member: Any) -> bool:
+    """Whether a selection's member is a layer that is known to have none."""
+    return isinstance(member, Layer) and member.has_none
+
+
 class Selection:
     """Some of an optimizer's variables."""
 

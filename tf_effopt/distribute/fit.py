@@ -55,8 +55,9 @@ def prepare(model: keras.Model) -> keras.Model:
       `BatchNormalization`. (With Keras, convolutions and moments fail there.) Batches
       of `SparseTensor` have to be at least as large as there are replicas.
     - Metrics are those of all examples, if their state adds up, as that of Keras's
-      does; a metric function that returns a scalar is taken for a mean. (Keras takes the mean of the replicas' results, which is wrong for those
-      that aren't means, such as `AUC`.)
+      does; a metric function that returns a scalar is taken for a mean. (Keras takes
+      the mean of the replicas' results, which is wrong for those that aren't means,
+      such as `AUC`.)
     - On CPU replicas a generator's arrays stay as they are. (With Keras, results are
       written into them.)
     - `fit` works with `MultiWorkerMirroredStrategy`. (Keras 3.15 fails there,

@@ -80,7 +80,7 @@ def _is_large(g: Any) -> bool:
 def _sum_by_product(g: Any) -> Any:
     """A number that is finite only if the squares of a tensor's elements are.
 
-    By the compiler's estimate a TPU's matrix unit adds up nine times as fast as the rest.
+    A TPU's matrix unit adds up faster than the rest of it.
     """
     rows = ops.reshape(g, (-1, g.shape[-1]))
     # 2^64 times what has an infinite square is infinite. Of one row XLA makes a sum.

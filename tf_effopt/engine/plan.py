@@ -128,9 +128,8 @@ class Plan:
         clip: None or the clipping argument that is set.
         ema, loss_scale, overwrites: whether the stage exists.
         elementwise: whether each element's step depends on it alone.
-        is_for_tpu: whether the program is one for a TPU. There a step to be skipped is
-            computed and not taken, else it goes through another branch; small tensors
-            are stacked; and matrix products check whether the gradient is finite.
+        is_for_tpu: whether the program is one for a TPU, where other ways are best:
+            see `selects` and `checks_by_products`.
     """
 
     numbers: dict[tuple[int, str], Any]
@@ -153,13 +152,16 @@ class Plan:
 
     @property
     def measures_received(self) -> bool:
-        """Whether what is measured of the gradient is so of the one received."""
+        """Whether norms and the finite check are those of the gradients received."""
         accumulates = self.accumulation_steps > 1 and self.needs_norms
         return not (self.loss_scale or accumulates)
 
     @property
-    def stacks(self) -> bool:
-        """Whether small tensors are stacked: not so where a branch would copy them."""
+    def selects(self) -> bool:
+        """Whether a step to be skipped is computed and not taken.
+
+        Else it goes through another branch, which would copy stacks.
+        """
         return self.is_for_tpu and self.accumulation_steps == 1
 
     @property

@@ -1,7 +1,7 @@
 """For a TPU: small tensors that are trained alike, updated as one.
 
-On a TPU an operation takes a microsecond however small its tensors are, and a model
-has many vectors: biases, and the scales and offsets of its normalizations. Those of
+On a TPU an operation has a cost of its own, however small its tensors, and a model has
+many vectors: biases, and the scales and offsets of its normalizations. Those of
 one shape that are trained alike go through the stages as a stack. All stages but the
 rule look at each element alone; the rule is mapped over the members.
 """

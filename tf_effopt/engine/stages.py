@@ -123,7 +123,7 @@ def matrix_share(inputs: Inputs, share: Share) -> dict[int, tuple[Any, dict]]:
 
 def step(inputs: Inputs) -> tuple[list[dict], Outcome]:
     """Stages 3 to 12 for the variables of one device; returns the next state."""
-    if not inputs.plan.stacks:
+    if not inputs.plan.selects:
         return _step(inputs)
     stacks = Stacks(inputs)
     after, outcome = _step(stacks.inputs)
@@ -175,7 +175,7 @@ def _step(inputs: Inputs) -> tuple[list[dict], Outcome]:
         return averaged(inputs, after), model, mark
 
     unchanged = (before, model_before, mark)
-    if plan.is_for_tpu and n == 1:
+    if plan.selects:
         after, model, mark = _where(proceed, update(), unchanged)
         # Of the weights that are kept: XLA makes one loop of a tensor's update only
         # if what leads to an output is one itself.

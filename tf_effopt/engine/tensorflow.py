@@ -112,8 +112,9 @@ class TensorFlowEngine(Engine):
         gradients = self._all_reduce_gradients(list(received))
         programs = self._programs_for(gradients, indices)
         optimizer, scalars = self.optimizer, self.scalars()
-        totals = self._known_totals(gradients, indices)
-        if len(programs) > 1:
+        if len(programs) == 1:
+            totals = self._known_totals(gradients, indices)
+        else:
             # Clipping by a global norm, for one, looks at all devices.
             totals = {}
             for phase in stages.phases(self.plan):
