@@ -206,17 +206,19 @@ def main() -> None:
 def page(found: dict) -> str:
     versions = ", ".join(f"{name} {x}" for name, x in found["versions"].items())
     minutes = sum(found["seconds"].values()) / 60
+    names = [name for name, _ in cases(TOPOLOGIES) if name in found["reports"]]
+    reports = {name: found["reports"][name] for name in names}
     table = report.markdown(
         Report(**fields | {"compiled": fields["compiled"] + options(name)})
-        for name, fields in found["reports"].items()
+        for name, fields in reports.items()
     )
+    commits = [found["commits"][name] for name in names]
     return f"""\
 # Compiled for TPU ahead of time
 
 `python recipes/benchmarks/tpu_cost.py` made these programs in {minutes:.0f} minutes, on a
-machine without a TPU: **none of them was run**. {versions}.
-
-{made_at(found["commits"])}
+machine without a TPU: **none of them was run**. {versions};
+the last column is the commit of tf_effopt.
 
 All numbers are those of one device. Memory is the compiler's: temporaries include what
 it keeps in vector memory. HBM traffic and cycles are read off the optimized program.
@@ -226,7 +228,8 @@ Where an update needs more than a tenth of its state besides, it is compiled a s
 time, with the sums of gradients in the gradients' place, as within a step of training;
 the program that needs less is shown.
 
-{table}"""
+{with_column(table, ["commit", "---", *commits])}
+"""
 
 
 def this_commit() -> str:
@@ -235,15 +238,9 @@ def this_commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def made_at(commits: dict[str, str]) -> str:
-    """Of which versions of the code the programs are."""
-    named: dict[str, list[str]] = {}
-    for name, commit in commits.items():
-        named.setdefault(commit, []).append(name)
-    latest = list(commits.values())[-1]
-    older = [f"{', '.join(x)} at commit {c}." for c, x in named.items() if c != latest]
-    others = "the others " if older else ""
-    return "\n".join([*older, f"Made {others}at commit {latest}."])
+def with_column(table: str, cells: Sequence[str]) -> str:
+    rows = zip(table.strip().splitlines(), cells, strict=True)
+    return "\n".join(f"{row} {cell} |" for row, cell in rows)
 
 
 def options(name: str) -> str:
