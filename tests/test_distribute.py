@@ -35,10 +35,14 @@ FEW = [
     "an_empty_replica_of_losses_and_means",
     "an_empty_replica_of_convolutions",
     "an_empty_replica_of_own_moments",
+    "an_empty_replica_whose_loss_is_no_number",
     "losses_that_layers_add",
     "generator",
     "parts_of_arrays",
     "prediction",
+    "on_batch",
+    "files",
+    "metrics_of_a_step_of_ones_own",
     "infinite",
 ]
 # Of a model with several outputs Keras takes the mean over batches, not examples, of

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -199,6 +200,37 @@ def an_empty_replica_of_each_kind_of_loss(case):
         y=np.repeat(Y[:ONE_MORE, None], 3, axis=1),
     )
     case.found |= found
+
+
+def an_empty_replica_whose_loss_is_no_number(case):
+    """Zeros stand in for integers: all masked, their mean is 0/0, and so is the loss."""
+    several = case.strategy.num_replicas_in_sync > 1
+
+    def make():
+        table = table_model(mask=True).layers[1]
+        inputs = keras.Input((3,), dtype="int32")
+        x = keras.layers.GlobalAveragePooling1D()(table(inputs))
+        x = keras.layers.BatchNormalization(synchronized=several)(x)
+        return keras.Model(inputs, keras.layers.Dense(1, kernel_initializer="ones")(x))
+
+    def of_labels(y, p):
+        counted = keras.ops.cast(y != 0, p.dtype)
+        total = keras.ops.sum(counted * keras.ops.square(p - 1.0))
+        return total / keras.ops.sum(counted)
+
+    rows, found = slice(0, ONE_MORE), {}
+    ids, labels = IDS[rows] % 5 + 1, LABELS[rows, None] + 1
+    for i, (make_optimizer, loss) in enumerate(
+        [
+            (lambda: tf_effopt.SGD(0.05, momentum=0.5), "mse"),
+            (lambda: keras.optimizers.SGD(0.05), "mse"),
+            (lambda: keras.optimizers.Adam(0.01), of_labels),
+            (lambda: tf_effopt.LossScaleOptimizer(adam()), of_labels),
+        ]
+    ):
+        case.fit(make_optimizer, make, ids, labels, loss)
+        found |= {f"{i}/{k}": x for k, x in case.found.items() if k != "replicas"}
+    case.found = found
 
 
 def added_loss_model() -> keras.Model:
@@ -487,6 +519,104 @@ def prediction(case):
     case.found["logs/predict"] = model.predict(X, batch_size=BATCH, verbose=0)
 
 
+def on_batch(case):
+    """Each replica has all of the batch: sums count it once."""
+    binary = (Y > 1).astype("float32")
+    summed = keras.losses.BinaryCrossentropy(from_logits=True, reduction="sum")
+    for loss in (keras.losses.BinaryCrossentropy(from_logits=True), summed):
+        with case.strategy.scope():
+            model = dense_model()
+            metrics = [keras.metrics.TruePositives(0.0), "mae"]
+            model.compile(tf_effopt.SGD(0.01), loss, metrics=metrics)
+        tf_effopt.distribute.prepare(model)
+        found = [model.train_on_batch(X[:n], binary[:n]) for n in (16, 15, 1)]
+        found.append(model.test_on_batch(X[:15], binary[:15]))
+        name = loss.reduction
+        case.save(model, **{f"{name}": found})
+        case.found[f"logs/{name}/predicted"] = model.predict_on_batch(X[:15])
+
+
+def files(case):
+    """Each worker takes its part of a batch, not some of the files."""
+    folder = tempfile.mkdtemp()
+    paths = [os.path.join(folder, name) for name in "ab"]
+    for path, rows in zip(paths, (range(40), range(40, ROWS)), strict=True):
+        Path(path).write_text("\n".join(map(str, rows)))
+
+    def row(line):
+        number = tf.strings.to_number(line, tf.int32)
+        return tf.gather(X, number), tf.gather(Y, number)
+
+    data = tf.data.TextLineDataset(paths).map(row).batch(BATCH)
+    model = case.fit(adam, x=data, y=None, batch_size=None, validation_data=data)
+    case.found["logs/predict"] = model.predict(data, verbose=0)
+
+
+def metrics_of_a_step_of_ones_own(case):
+    """By its own names, and one whose result is its variable."""
+
+    class Count(keras.metrics.Metric):
+        def __init__(self):
+            super().__init__(name="count")
+            self.total = self.add_weight(name="total", initializer="zeros")
+
+        def update_state(self, y):
+            self.total.assign_add(keras.ops.cast(keras.ops.shape(y)[0], "float32"))
+
+        def result(self):
+            return self.total
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = dense_model()
+            self.count = Count()
+            self.unused = keras.metrics.Mean(name="unused")
+
+        def call(self, x):
+            return self.inner(x)
+
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(x, training=True))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            self.count.update_state(y)
+            replicas = self.distribute_strategy.num_replicas_in_sync
+            return {"count": self.count.result(), "my_loss": loss * replicas}
+
+    seen = []
+    each = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(float(logs["count"]))
+    )
+    case.fit(adam, Model, callbacks=[each])
+    case.found["logs/seen"] = np.asarray(seen)
+
+
+def compute_loss_of_ones_own(case):
+    """A loss of Keras's in it counts by the share; if there is none, that is said."""
+    of_keras = keras.losses.MeanSquaredError()
+
+    def made_with(loss):
+        class Model(keras.Sequential):
+            def compute_loss(self, x=None, y=None, y_pred=None, weight=None):
+                return loss(y, y_pred)
+
+        return lambda: Model(dense_model().layers)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss = lambda y, p: keras.ops.mean(keras.ops.square(y - p))
+        case.fit(adam, made_with(loss))
+        several = case.strategy.num_replicas_in_sync > 1
+        told = [w for w in caught if "calls no loss of Keras" in str(w.message)]
+        assert len(told) == int(several)
+        caught.clear()
+        case.fit(adam, made_with(of_keras), validation_data=(X, Y))
+        assert not any("calls no loss" in str(w.message) for w in caught)
+
+
 def fixed_size(case):
     data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(BATCH, drop_remainder=True)
     case.fit(adam, x=data, y=None, batch_size=None)
@@ -585,6 +715,7 @@ CASES = [
     an_empty_replica_of_each_kind_of_loss,
     an_empty_replica_of_convolutions,
     an_empty_replica_of_own_moments,
+    an_empty_replica_whose_loss_is_no_number,
     losses_that_layers_add,
     class_weights,
     sample_weights,
@@ -608,6 +739,10 @@ CASES = [
     generator,
     parts_of_arrays,
     prediction,
+    on_batch,
+    files,
+    metrics_of_a_step_of_ones_own,
+    compute_loss_of_ones_own,
     fixed_size,
     recipe,
     recipe_adam,

@@ -13,7 +13,13 @@ import keras
 import tensorflow as tf
 from keras import tree
 
-from tf_effopt.distribute import added_losses, hooks, shares, stand_ins
+from tf_effopt.distribute import (
+    added_losses,
+    hooks,
+    shares,
+    stand_ins,
+    whole_batches,
+)
 from tf_effopt.distribute.strategies import named_workers
 
 REPLACED = (  # methods of a model
@@ -21,14 +27,17 @@ REPLACED = (  # methods of a model
     "make_train_function",
     "make_test_function",
     "predict_step",
+    "predict_on_batch",
+    "compute_loss",
 )
+ITERATORS = (tf.data.Iterator, tf.distribute.DistributedIterator)
 
 
 def prepare(model: keras.Model) -> keras.Model:
     """Makes `fit`, `evaluate` and `predict` right under the model's strategy.
 
-    `train_on_batch` and `test_on_batch`, too; of `predict_on_batch` each replica
-    returns the whole batch. One line after `compile`:
+    `train_on_batch`, `test_on_batch` and `predict_on_batch`, too, of which each replica
+    works on the whole batch. One line after `compile`:
 
     >>> import tf_effopt
     >>> strategy = tf_effopt.distribute.strategy("none")
@@ -43,21 +52,23 @@ def prepare(model: keras.Model) -> keras.Model:
     - Each replica's loss counts by its number of examples, so that gradients and loss
       of a short last batch, of which a replica may have nothing, are those of one
       device; with sample weights, class weights and masks, too. (Keras takes the mean
-      of the replicas' means.) A loss function that returns a scalar is taken for a
-      mean over the examples; what layers add (`add_loss`, regularizers) counts by the
-      share of examples. A loss called in another, in a metric or in a layer counts
-      once. (Keras divides it by the number of replicas in a metric, and in a layer
-      twice.) A `train_step` of your own gets this by calling
-      `self.compute_loss`, which returns this replica's part of the loss: log it times
-      `strategy.num_replicas_in_sync`.
+      of the replicas' means.) A loss function that returns a scalar, or fewer values
+      than there are examples, is taken for a mean over the examples; what layers add
+      (`add_loss`, regularizers) counts by the share of examples. A loss called in
+      another, in a metric or in a layer counts once. (Keras divides it by the number
+      of replicas in a metric, and in a layer twice.) A `train_step` of your own gets
+      this by calling `self.compute_loss`, which returns this replica's part of the
+      loss: log it times `strategy.num_replicas_in_sync`. A `compute_loss` of your own
+      gets it by calling a loss of Keras; one that calls none is warned of.
     - A replica without examples works on one that counts nothing, of ones, or of zeros
-      for integers, whose loss must have a finite gradient. It has no part in moments of
+      for integers, also if its loss isn't a number. It has no part in moments of
       `BatchNormalization`. (With Keras, convolutions and moments fail there.) Batches
       of `SparseTensor` have to be at least as large as there are replicas.
     - Metrics are those of all examples, if their state adds up, as that of Keras's
       does; a metric function that returns a scalar is taken for a mean. (Keras takes
       the mean of the replicas' results, which is wrong for those that aren't means,
-      such as `AUC`.)
+      such as `AUC`.) That is so for what a step logs by the metrics' names; of other
+      names the mean is taken.
     - On CPU replicas a generator's arrays stay as they are. (With Keras, results are
       written into them.)
     - `fit` works with `MultiWorkerMirroredStrategy`. (Keras 3.15 fails there,
@@ -70,7 +81,10 @@ def prepare(model: keras.Model) -> keras.Model:
       any case.
 
     Give `fit` the same data in the same order on every worker, that is, set the same
-    seed (`keras.utils.set_random_seed`): each takes its part of every batch.
+    seed (`keras.utils.set_random_seed`): each takes its part of every batch. (By
+    TensorFlow's default each reads some of the files of a `tf.data.Dataset`, and
+    batches are other ones. If that is what you want, since it reads less, set
+    `auto_shard_policy` to `FILE` in the data set's options.)
 
     Args:
         model: compiled; made inside `with strategy.scope():`.
@@ -101,6 +115,7 @@ def prepare(model: keras.Model) -> keras.Model:
             )
         return model
     shares.install()
+    whole_batches.kept(strategy)
     adapter = _Adapter(model, strategy)
     for name in REPLACED:
         # Past Keras's tracking of attributes.
@@ -115,10 +130,13 @@ class _Adapter:
     def __init__(self, model: keras.Model, strategy: tf.distribute.Strategy):
         self.model = model
         self._predict_step = model.predict_step
+        self._predict_on_batch = model.predict_on_batch
+        self._compute_loss = model.compute_loss
         self.strategy = strategy
         self.several_hosts = strategy.extended._in_multi_worker_mode()
         devices = strategy.extended.worker_devices
         self.on_cpu = all("CPU" in device for device in devices)
+        self._warned_of_loss = False
 
     def turn_off_jit(self) -> None:
         if self.model.jit_compile:
@@ -161,6 +179,26 @@ class _Adapter:
             return outputs
         return stand_ins.taken_away(outputs, tf.shape(first)[0])
 
+    def predict_on_batch(self, x: Any) -> Any:
+        """Of the replicas' outputs, each of the whole batch, those of the first."""
+        replicas = self.strategy.num_replicas_in_sync
+        outputs = self._predict_on_batch(x)
+        return tree.map_structure(lambda y: y[: y.shape[0] // replicas], outputs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss, has_part = shares.has_part(self._compute_loss, *args, **kwargs)
+        if not has_part and not self._warned_of_loss:
+            self._warned_of_loss = True
+            warnings.warn(
+                f"`compute_loss` of {self.model.name!r} calls no loss of Keras, so that "
+                "its gradients are added up over "
+                f"{self.strategy.num_replicas_in_sync} replicas. Let it call one, such "
+                "as `keras.losses.MeanSquaredError()(y, y_pred)`, which counts by the "
+                "replica's share of the examples; or divide by the replicas yourself.",
+                stacklevel=2,
+            )
+        return loss
+
     def _examples(self, data: Any) -> Any:
         """What a step works on, of what a replica is given."""
         if self.on_cpu:
@@ -182,16 +220,24 @@ class _Adapter:
         added_losses.keep_apart(self.model)
 
         @functools.wraps(step)
-        def counted_step(data: Any) -> Any:
+        def step_of_parts(data: Any) -> Any:
             first = _first_tensor(data)
             with shares.counted(first), self._state_of_examples(first):
                 logs = step(self._examples(data))
             return self._with_metrics_of_all(logs)
 
-        run = self._packing_logs if self.several_hosts else self.model._make_function
-        run = run(counted_step)
+        @functools.wraps(step)
+        def step_of_whole_batch(data: Any) -> Any:
+            with shares.counted(_first_tensor(data), whole=True):
+                return step(self._examples(data))
+
+        make = self._packing_logs if self.several_hosts else self.model._make_function
+        of_parts, of_whole_batch = make(step_of_parts), make(step_of_whole_batch)
 
         def function(iterator: Any) -> Any:
+            # `train_on_batch` and `test_on_batch` give each replica all there is.
+            is_of_parts = isinstance(iterator, ITERATORS)
+            run = of_parts if is_of_parts else of_whole_batch
             if self.model.steps_per_execution == 1:
                 return run(iterator)
             with hooks.collectives_in_loops():
@@ -240,7 +286,11 @@ class _Adapter:
             total = shares.summed(_joined([tf.convert_to_tensor(v) for v in own]))
             sums += zip(own, _parted(total, [v.shape for v in own]), strict=True)
         with keras.StatelessScope(state_mapping=sums):
-            return logs | self.model.get_metrics_result()
+            # As tensors: a variable is the sum only within.
+            results = tree.map_structure(
+                tf.convert_to_tensor, self.model.get_metrics_result()
+            )
+        return logs | {name: x for name, x in results.items() if name in logs}
 
 
 class _PackedLogs:

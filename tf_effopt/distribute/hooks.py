@@ -1,4 +1,4 @@
-"""The private names of Keras's trainer and of TensorFlow that `prepare` leans on.
+"""The names of Keras and of TensorFlow, most of them private, that `prepare` leans on.
 
 They are used only through this list; `missing()` is what a test looks at.
 """
@@ -6,6 +6,7 @@ They are used only through this list; `missing()` is what a test looks at.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Iterator
 from typing import Any
@@ -14,13 +15,16 @@ import keras
 from tensorflow.python.distribute.cross_device_utils import CollectiveReplicaLauncher
 from tensorflow.python.distribute.values import PerReplicaSpec
 
+from tf_effopt.base import Optimizer
+
 losses: Any = importlib.import_module("keras.src.losses.loss")
 metrics: Any = importlib.import_module("keras.src.metrics.reduction_metrics")
 nn: Any = importlib.import_module("keras.src.backend.tensorflow.nn")
+trainer: Any = importlib.import_module("keras.src.backend.tensorflow.trainer")
 global_state: Any = importlib.import_module("keras.src.backend.common.global_state")
 
 # What `shares` replaces, and by what.
-REPLACED = {
+OF_LOSSES = {
     (losses, "apply_mask"): "apply_mask",
     (losses, "reduce_values"): "reduce_values",
     (losses, "scale_loss_for_distribution"): "scale_loss_for_distribution",
@@ -30,6 +34,12 @@ REPLACED = {
     (metrics.MeanMetricWrapper, "update_state"): "update_metric",
     (nn, "_compute_moments_sync"): "compute_moments_sync",
 }
+OF_UPDATES = (  # which it replaces, too
+    (keras.optimizers.Optimizer, "apply"),
+    (keras.optimizers.LossScaleOptimizer, "apply"),
+    (Optimizer, "apply_and_check"),
+)
+OF_DATA = (trainer.TFEpochIterator, "__init__")  # which `whole_batches` replaces
 CALL_CONTEXT = "current_call_ctx"  # Keras's state while it is in a layer's call
 MODEL = (
     "_flatten_layers",
@@ -39,6 +49,17 @@ MODEL = (
 )
 LAYER = "_losses"  # which `added_losses` replaces
 LAUNCHER = "_prefer_unique_instance_key"
+
+
+def replace(owner: Any, name: str, mine: Any) -> None:
+    """Puts a function, which gets Keras's as its first argument, in Keras's place."""
+    kerass = getattr(owner, name)
+
+    @functools.wraps(kerass)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return mine(kerass, *args, **kwargs)
+
+    setattr(owner, name, function)
 
 
 @contextlib.contextmanager
@@ -68,7 +89,8 @@ def of_first_replica(spec: Any) -> Any:
 
 def missing() -> list[str]:
     """The names of this list that the installed packages don't have."""
-    absent = [f"{m.__name__}.{x}" for m, x in REPLACED if not hasattr(m, x)]
+    replaced = [*OF_LOSSES, *OF_UPDATES, OF_DATA]
+    absent = [f"{m.__name__}.{x}" for m, x in replaced if not hasattr(m, x)]
     called = _Called()
     called(keras.ops.zeros((1,)))
     if not called.saw_it:

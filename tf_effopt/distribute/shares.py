@@ -3,7 +3,8 @@
 Keras takes the mean over each replica's examples, and the mean of these means.
 Within `counted`, each replica's mean counts by its share of the examples, so that
 their sum is the mean over the whole batch, as on one device. What stands in for
-examples (`stand_ins`) counts nothing.
+examples (`stand_ins`) counts nothing: its loss, and a gradient of it, is 0 also where
+it isn't a number.
 
 A loss that is called inside of another, of a metric or of a layer is part of what counts
 already: it is the plain mean over this replica's examples.
@@ -29,7 +30,9 @@ class _Here(threading.local):
 
     share: tf.Tensor | None = None  # of the batch's examples; None: not counted
     weight: tf.Tensor | None = None  # 0 of what stands in for examples, else 1 or None
+    of_sums: float = 1.0  # what a sum counts, if each replica has the whole batch
     losses: int = 0  # how many are being called, one inside of the other
+    parts: int = 0  # how many have been made this replica's part of the batch's loss
     in_metric: bool = False
 
 
@@ -37,18 +40,21 @@ _here = _Here()
 
 
 @contextlib.contextmanager
-def counted(batch: Any) -> Iterator[None]:
+def counted(batch: Any, whole: bool = False) -> Iterator[None]:
     """Within, Keras's losses count a replica by its examples.
 
     Args:
         batch: a tensor of this replica's data, whose first dimension counts them.
+        whole: whether each replica has the whole batch, not a part of it.
     """
-    if may_be_empty(batch):
+    alike = 1 / tf.distribute.get_strategy().num_replicas_in_sync
+    if may_be_empty(batch) and not whole:
         count = tf.cast(tf.shape(batch)[0], tf.float32)
         _here.share = count / summed(count)
         _here.weight = tf.minimum(count, 1.0)
     else:
-        _here.share = tf.constant(1 / tf.distribute.get_strategy().num_replicas_in_sync)
+        _here.share = tf.constant(alike)
+    _here.of_sums = alike if whole else 1.0
     try:
         yield
     finally:
@@ -75,16 +81,10 @@ def install() -> None:
 
     Outside of `counted` they do what Keras's do.
     """
-    for (owner, name), mine in hooks.REPLACED.items():
-        setattr(owner, name, _replaced(getattr(owner, name), globals()[mine]))
-
-
-def _replaced(kerass: Any, mine: Any) -> Any:
-    @functools.wraps(kerass)
-    def function(*args: Any, **kwargs: Any) -> Any:
-        return mine(kerass, *args, **kwargs)
-
-    return function
+    for (owner, name), mine in hooks.OF_LOSSES.items():
+        hooks.replace(owner, name, globals()[mine])
+    for owner, name in hooks.OF_UPDATES:
+        hooks.replace(owner, name, update)
 
 
 def _is_part_of_another() -> bool:
@@ -118,7 +118,7 @@ def reduce_to_samplewise_values(
     if _here.share is None or not is_mean:
         return values, weight
     share = tf.cast(_here.share, values.dtype)
-    return values * share, share
+    return tf.math.multiply_no_nan(values, share), share
 
 
 def scale_loss_for_distribution(kerass: Any, value: Any) -> Any:
@@ -127,7 +127,8 @@ def scale_loss_for_distribution(kerass: Any, value: Any) -> Any:
         return kerass(value)
     if _is_part_of_another():
         return value
-    return value * tf.cast(_here.share, value.dtype)
+    _here.parts += 1
+    return tf.math.multiply_no_nan(value, tf.cast(_here.share, value.dtype))
 
 
 def unscale_loss_for_distribution(kerass: Any, value: Any) -> Any:
@@ -151,10 +152,12 @@ def reduce_values(
     if _is_part_of_another():
         return _mean(kerass, values, sample_weight, reduction)
     if reduction not in MEANS:
-        return _weighted(kerass(values, sample_weight, reduction))
+        _here.parts += 1
+        return _weighted(kerass(values, sample_weight, reduction)) * _here.of_sums
     if values.shape.rank == 0:  # a loss function that has taken the mean itself
         return hooks.losses.scale_loss_for_distribution(values)
     if reduction == "mean_with_sample_weight" and sample_weight is not None:
+        _here.parts += 1
         weight = summed(_weighted(tf.reduce_sum(sample_weight)))
         return tf.math.divide_no_nan(
             _weighted(tf.reduce_sum(values)), tf.cast(weight, values.dtype)
@@ -184,6 +187,50 @@ def apply_mask(
     )
 
 
+def has_part(compute_loss: Any, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
+    """What a model's `compute_loss` returns, and whether it made a part of a loss.
+
+    Outside of `counted` there are no parts to be made.
+    """
+    before = _here.parts
+    loss = compute_loss(*args, **kwargs)
+    return loss, _here.share is None or _here.parts > before
+
+
+def update(
+    kerass: Any, optimizer: Any, grads: Any, trainable_variables: Any = None
+) -> Any:
+    """`apply` of an optimizer: gradients of what stands in for examples are 0."""
+    if _here.weight is not None and not hasattr(grads, "shape"):
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+        variables = trainable_variables or optimizer._trainable_variables
+        grads = _of_examples(list(grads), variables)
+    return kerass(optimizer, grads, trainable_variables)
+
+
+def _of_examples(grads: list[Any], variables: list[Any]) -> list[Any]:
+    # Those of float8's scales are no gradients but what comes in their place.
+    ours = [
+        i
+        for i, (g, v) in enumerate(zip(grads, variables, strict=False))
+        if tf.is_tensor(g) and not getattr(v, "overwrite_with_gradient", False)
+    ]
+    own = [grads[i] for i in ours]
+    is_none = tf.equal(_here.weight, 0.0)
+    own = tf.cond(is_none, lambda: tf.nest.map_structure(_zeros, own), lambda: own)
+    for i, gradient in zip(ours, own, strict=True):
+        grads[i] = gradient
+    return grads
+
+
+def _zeros(gradient: Any) -> Any:
+    if isinstance(gradient, tf.IndexedSlices):
+        zeros = tf.zeros_like(gradient.values)
+        return tf.IndexedSlices(zeros, gradient.indices, gradient.dense_shape)
+    return tf.zeros_like(gradient)
+
+
 def compute_moments_sync(kerass: Any, x: Any, axes: Any, keepdims: bool) -> Any:
     """Mean and variance over the examples of all replicas."""
     if _here.weight is None:
@@ -199,14 +246,23 @@ def compute_moments_sync(kerass: Any, x: Any, axes: Any, keepdims: bool) -> Any:
     mean = tf.math.divide_no_nan(x_sum, count)
     variance = tf.math.divide_no_nan(square_sum, count) - tf.square(mean)
     variance = tf.maximum(variance, 0.0)
+    mean, variance = _used(mean), _used(variance)
     if keepdims:
         return mean, variance
     return tf.squeeze(mean, axes), tf.squeeze(variance, axes)
 
 
+@tf.custom_gradient
+def _used(x: tf.Tensor) -> Any:
+    """A value of all replicas, whose gradient is that of its use for examples."""
+    return tf.identity(x), _weighted
+
+
 def _weighted(x: tf.Tensor) -> tf.Tensor:
-    """0 if it is of what stands in for examples."""
-    return x if _here.weight is None else x * tf.cast(_here.weight, x.dtype)
+    """0 if it is of what stands in for examples, also if it isn't a number."""
+    if _here.weight is None:
+        return x
+    return tf.math.multiply_no_nan(x, tf.cast(_here.weight, x.dtype))
 
 
 def _size(x: Any) -> tf.Tensor:
