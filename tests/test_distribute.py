@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import time
 from concurrent import futures
 from pathlib import Path
+from typing import IO
 
 import keras
 import numpy as np
@@ -400,6 +402,77 @@ def test_no_worker_outlives_a_launcher_that_is_killed(script):
     process.communicate(timeout=60)
     for pid in pids:
         assert _ends(pid), f"worker {pid} still runs"
+
+
+# More than a pipe holds: it blocks where nobody reads it.
+TALKATIVE = """
+import sys
+sys.stdout.buffer.write(b"caf\\xe9 \\xe2\\x82\\xac\\n")
+sys.stdout.flush()
+for i in range(20000):
+    print("line", i)
+sys.exit(3)
+"""
+
+
+def launched(path: str, output: IO[str] | int, **environment: str) -> tuple:
+    """Exit code, output and errors of one worker that has an encoding of its own."""
+    process = subprocess.run(
+        [sys.executable, "-m", "tf_effopt.distribute.launch", "--workers", "1", path],
+        check=False,
+        stdout=output,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        # As usual, Python keeps back what it prints, and tries again as it ends.
+        env={**os.environ, "PYTHONUNBUFFERED": "", **environment},
+        timeout=60,
+    )
+    return process.returncode, process.stdout, process.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [
+        ("latin-1", b"caf\xe9 \xe2\x82\xac"),
+        ("ascii", b"caf? ???"),
+        ("utf-8", "caf\ufffd \u20ac".encode()),
+    ],
+)
+def test_what_cannot_be_encoded_is_replaced(script, encoding, expected):
+    code, out, _ = launched(
+        script(TALKATIVE), subprocess.PIPE, PYTHONIOENCODING=encoding
+    )
+    lines = [x for x in out.splitlines() if x.startswith(b"[worker 0]")]
+    assert code == 3
+    assert lines[-1] == b"[worker 0] line 19999"
+    assert b"[worker 0] " + expected in lines
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_workers_go_on_where_their_output_cannot_be_written(script):
+    with open("/dev/full", "w") as full:
+        code, _, errors = launched(script(TALKATIVE), full)
+    assert code == 3
+    assert errors.count("[launch] The output can't be written: [Errno 28]") == 1
+    assert "Exception" not in errors
+
+
+def test_workers_go_on_where_nobody_reads_their_output(script):
+    reading, writing = os.pipe()
+    os.close(reading)
+    code, _, errors = launched(script(TALKATIVE), writing)
+    os.close(writing)
+    assert code == 3
+    assert "[launch]" not in errors
+    assert "Exception" not in errors
+
+
+def test_workers_go_on_where_the_output_is_closed(script, capsys):
+    output = io.StringIO()
+    output.close()
+    command = [sys.executable, script(TALKATIVE)]
+    assert launch.launch(command, 1, output=output) == 3
+    assert "can't be written: I/O operation on closed file" in capsys.readouterr().err
 
 
 def _ends(pid: int, seconds: float = 20) -> bool:
