@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras import tree
 
 from tf_effopt.distribute import added_losses, hooks, shares, stand_ins
-from tf_effopt.distribute.strategies import named_workers
+from tf_effopt.distribute.tf_config import named_workers
 
 REPLACED = (  # methods of a model
     "_maybe_symbolic_build",
