@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 from concurrent import futures
 from pathlib import Path
+from typing import IO
 
 import keras
 import numpy as np
@@ -21,7 +24,7 @@ tf = pytest.importorskip("tensorflow")
 
 from workers import CASES
 
-from tf_effopt.distribute import hooks, launch
+from tf_effopt.distribute import hooks, launch, tf_config
 from tf_effopt.distribute.fit import _PackedLogs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -278,16 +281,96 @@ def test_a_model_of_one_worker_among_several_is_warned_of(monkeypatch):
         tf_effopt.distribute.prepare(model)
 
 
+def tf_config_of(kind: str = "worker", index: object = 0, **cluster: object) -> str:
+    return json.dumps({"cluster": cluster, "task": {"type": kind, "index": index}})
+
+
+TWO = ["127.0.0.1:1", "127.0.0.1:2"]
+
+
 @pytest.mark.parametrize(
-    "text",
-    ["{", json.dumps(CONFIG | {"task": {"type": "worker", "index": -1}})],
-    ids=["no json", "negative index"],
+    ("text", "said"),
+    [
+        ("{", "it isn't JSON"),
+        ("[]", "it must be a dictionary, not \\[\\]"),
+        ('{"cluster": {}}', "it has no 'task'"),
+        ('{"cluster": [], "task": {}}', "'cluster' must be a dictionary"),
+        ('{"cluster": {}, "task": null}', "'task' must be a dictionary, not null"),
+        (tf_config_of(worker="127.0.0.1:12345"), 'a list.*not "127.0.0.1:12345"'),
+        (tf_config_of(worker=[TWO]), 'HOST:PORT.*is \\["127.0.0.1:1", '),
+        (tf_config_of(worker=[TWO[0], None]), "HOST:PORT.*this one is null"),
+        (tf_config_of(worker=["host0", "host1"]), 'HOST:PORT.*is "host0"'),
+        (tf_config_of(worker=["host0:port"]), 'HOST:PORT.*is "host0:port"'),
+        (tf_config_of(worker=["host0:65536"]), 'at most 65535.*"host0:65536"'),
+        (tf_config_of(worker=["http://host0:1"]), 'without http://.*"http://host0:1'),
+        (tf_config_of(worker=[TWO[0]] * 2), "two workers have .*'127.0.0.1:1'"),
+        (tf_config_of(worker=[TWO[0], "127.0.0.1:0"]), "no port may be 0"),
+        (tf_config_of(worker={"0": TWO[0], "2": TWO[1]}), "from 0 on.* not 0, 2"),
+        (tf_config_of(workers=TWO), "has 'workers', which is none of 'chief', 'w"),
+        (tf_config_of(chief=TWO), "there may be one 'chief', not 2"),
+        (tf_config_of("ps", worker=TWO, ps=["a:1"]), "'chief' or 'worker'.* \"ps\""),
+        (tf_config_of("evaluator", worker=TWO), "take the strategy 'none'.*evaluator"),
+        (tf_config_of("chief", worker=TWO), "one of the 0 addresses of 'chief'"),
+        (tf_config_of(index=2, worker=TWO), "of the 2 addresses .*from 0, not 2"),
+        (tf_config_of(index=-1, worker=TWO), "of the 2 addresses .*from 0, not -1"),
+        (tf_config_of(index=None, worker=TWO), "from 0, not null"),
+    ],
 )
 @pytest.mark.parametrize("name", ["auto", "multi_worker"])
-def test_a_wrong_tf_config_is_refused(monkeypatch, name, text):
+def test_a_wrong_tf_config_is_refused(monkeypatch, name, text, said):
+    def never() -> None:
+        raise AssertionError("TensorFlow was asked")
+
+    monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", never)
     monkeypatch.setenv("TF_CONFIG", text)
-    with pytest.raises(RuntimeError, match="Received: TF_CONFIG="):
+    with pytest.raises(RuntimeError, match="^TF_CONFIG doesn't fit") as caught:
         tf_effopt.distribute.strategy(name)
+    message = str(caught.value)
+    assert re.search(said, message.partition(". Expected:")[0]), message
+    assert message.endswith(f"launch --workers 2 SCRIPT. Received: TF_CONFIG={text!r}")
+
+
+@pytest.mark.parametrize(
+    ("text", "workers", "own"),
+    [
+        (tf_config_of(worker=TWO, index="1"), TWO, TWO[1]),
+        (tf_config_of(worker={"1": "b:2", "0": "a:1"}), ["a:1", "b:2"], "a:1"),
+        (tf_config_of(worker=["b:2"], chief=["a:1"]), ["a:1", "b:2"], "b:2"),
+        (tf_config_of("chief", worker=["b:2"], chief=["a:1"]), ["a:1", "b:2"], "a:1"),
+        (tf_config_of(worker=TWO, evaluator=["a:1"]), TWO, TWO[0]),
+        (tf_config_of(worker=["[::1]:12345"]), ["[::1]:12345"], "[::1]:12345"),
+        (tf_config_of(worker=[":0"]), [":0"], ":0"),
+    ],
+)
+def test_what_tensorflow_allows_in_tf_config(monkeypatch, text, workers, own):
+    monkeypatch.setenv("TF_CONFIG", text)
+    assert tf_config.read() == tf_config.Cluster(workers, own)
+    assert tf_config.named_workers() == workers
+
+
+MAKE_IN_THE_RECIPE = """
+from recipes import image_classification
+sys.exit(image_classification.main(["--strategy", "multi_worker"]))
+"""
+
+
+@pytest.mark.parametrize("fault", ["port in use", "string"])
+def test_the_recipe_says_what_keeps_a_worker_from_starting(tmp_path, fault):
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        address = f"127.0.0.1:{holder.getsockname()[1]}"
+        config = tf_config_of(worker=address if fault == "string" else [address])
+        code = f"import os, sys\nos.chdir({str(tmp_path)!r})" + MAKE_IN_THE_RECIPE
+        environment = {"TF_CONFIG": config, "CUDA_VISIBLE_DEVICES": "-1"}
+        process = python(code, PYTHONPATH=str(ROOT), **environment)
+    assert process.returncode == 2, process.stderr
+    said = (
+        "TF_CONFIG doesn't fit" if fault == "string" else "TensorFlow can't listen at"
+    )
+    assert f"error: --strategy multi_worker: {said}" in process.stderr
+    assert address in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def test_prepare_changes_nothing_on_one_device():
@@ -404,6 +487,77 @@ def test_no_worker_outlives_a_launcher_that_is_killed(script):
     process.communicate(timeout=60)
     for pid in pids:
         assert _ends(pid), f"worker {pid} still runs"
+
+
+# More than a pipe holds: it blocks where nobody reads it.
+TALKATIVE = """
+import sys
+sys.stdout.buffer.write(b"caf\\xe9 \\xe2\\x82\\xac\\n")
+sys.stdout.flush()
+for i in range(20000):
+    print("line", i)
+sys.exit(3)
+"""
+
+
+def launched(path: str, output: IO[str] | int, **environment: str) -> tuple:
+    """Exit code, output and errors of one worker that has an encoding of its own."""
+    process = subprocess.run(
+        [sys.executable, "-m", "tf_effopt.distribute.launch", "--workers", "1", path],
+        check=False,
+        stdout=output,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        # As usual, Python keeps back what it prints, and tries again as it ends.
+        env={**os.environ, "PYTHONUNBUFFERED": "", **environment},
+        timeout=60,
+    )
+    return process.returncode, process.stdout, process.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [
+        ("latin-1", b"caf\xe9 \xe2\x82\xac"),
+        ("ascii", b"caf? ???"),
+        ("utf-8", "caf\ufffd \u20ac".encode()),
+    ],
+)
+def test_what_cannot_be_encoded_is_replaced(script, encoding, expected):
+    code, out, _ = launched(
+        script(TALKATIVE), subprocess.PIPE, PYTHONIOENCODING=encoding
+    )
+    lines = [x for x in out.splitlines() if x.startswith(b"[worker 0]")]
+    assert code == 3
+    assert lines[-1] == b"[worker 0] line 19999"
+    assert b"[worker 0] " + expected in lines
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_workers_go_on_where_their_output_cannot_be_written(script):
+    with open("/dev/full", "w") as full:
+        code, _, errors = launched(script(TALKATIVE), full)
+    assert code == 3
+    assert errors.count("[launch] The output can't be written: [Errno 28]") == 1
+    assert "Exception" not in errors
+
+
+def test_workers_go_on_where_nobody_reads_their_output(script):
+    reading, writing = os.pipe()
+    os.close(reading)
+    code, _, errors = launched(script(TALKATIVE), writing)
+    os.close(writing)
+    assert code == 3
+    assert "[launch]" not in errors
+    assert "Exception" not in errors
+
+
+def test_workers_go_on_where_the_output_is_closed(script, capsys):
+    output = io.StringIO()
+    output.close()
+    command = [sys.executable, script(TALKATIVE)]
+    assert launch.launch(command, 1, output=output) == 3
+    assert "can't be written: I/O operation on closed file" in capsys.readouterr().err
 
 
 def _ends(pid: int, seconds: float = 20) -> bool:

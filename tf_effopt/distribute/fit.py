@@ -20,7 +20,7 @@ from tf_effopt.distribute import (
     stand_ins,
     whole_batches,
 )
-from tf_effopt.distribute.strategies import named_workers
+from tf_effopt.distribute.tf_config import named_workers
 
 REPLACED = (  # methods of a model
     "_maybe_symbolic_build",

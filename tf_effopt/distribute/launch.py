@@ -5,7 +5,8 @@
 Each worker runs `python script.py --its options` with a TF_CONFIG of its own, all on
 free ports of 127.0.0.1; its output comes out line by line behind `[worker 0]`. If one
 fails, the others are ended, and the exit code is its; SIGTERM, SIGHUP and Ctrl-C are
-passed on. No worker outlives the launcher.
+passed on. No worker outlives the launcher. If the output can't be written, as on a
+full disk, they go on without.
 
 For trying out on one machine what is to run on several: on one machine with several
 GPUs the strategy `mirrored` is faster.
@@ -69,7 +70,10 @@ class _Workers:
         self.count = count
         self.gpus_per_worker = gpus_per_worker
         self.grace = grace
-        self.output = output or sys.stdout
+        self.output = output or sys.stdout  # None if it was closed before the start
+        # The workers inherit this process's environment, and write in its encoding.
+        self.encoding = getattr(self.output, "encoding", None) or "utf-8"
+        self.has_failed = False  # the output
         self.processes: list[subprocess.Popen] = []
         self.deadline: float | None = None  # when those that still run are killed
         self.received: int | None = None  # a signal to pass on
@@ -173,15 +177,35 @@ class _Workers:
 
     def _forward(self, index: int, stream: IO[bytes]) -> None:
         for line in stream:
-            self._write(f"[worker {index}] {line.decode(errors='replace')}")
+            text = line.decode(self.encoding, errors="replace")
+            self._write(f"[worker {index}] {text}")
 
     def _say(self, message: str) -> None:
         self._write(f"[launch] {message}\n")
 
     def _write(self, line: str) -> None:
-        with self.lock, contextlib.suppress(BrokenPipeError):
-            self.output.write(line if line.endswith("\n") else line + "\n")
-            self.output.flush()
+        """Raises nothing: a worker that nobody reads any more would block."""
+        line = line if line.endswith("\n") else line + "\n"
+        line = line.encode(self.encoding, errors="replace").decode(self.encoding)
+        with self.lock:
+            try:
+                if self.output is not None:
+                    self.output.write(line)
+                    self.output.flush()
+            except BrokenPipeError:
+                pass  # who read it has read enough
+            except (OSError, ValueError) as error:  # a full disk; a closed file
+                self._say_that_output_fails(error)
+
+    def _say_that_output_fails(self, error: Exception) -> None:
+        if not self.has_failed:
+            self.has_failed = True
+            with contextlib.suppress(OSError, ValueError):
+                print(
+                    f"[launch] The output can't be written: {error}. The workers go on; "
+                    "what they print meanwhile is lost.",
+                    file=sys.stderr,
+                )
 
 
 def free_ports(count: int) -> list[int]:
@@ -260,5 +284,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
 
+def _discard_what_cannot_be_written() -> None:
+    # Python tries once more as it ends, and then makes the exit code 120.
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    _discard_what_cannot_be_written()
+    sys.exit(exit_code)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_effopt.checks import as_int
+from tf_effopt.distribute import tf_config
 
 NAMES = ("auto", "none", "mirrored", "multi_worker", "tpu")
 
@@ -87,7 +87,7 @@ def _found() -> str:
     if _has_tpu():
         return "tpu"
     text = os.environ.get("TF_CONFIG", "").strip()
-    if text not in ("", "{}") and len(named_workers()) != 1:
+    if text not in ("", "{}") and len(tf_config.named_workers()) != 1:
         return "multi_worker"  # which says what is wrong with it, if anything is
     return "mirrored" if len(tf.config.list_physical_devices("GPU")) > 1 else "none"
 
@@ -134,20 +134,7 @@ def _split_cpu(parts: int) -> None:
 
 
 def _multi_worker() -> tf.distribute.Strategy:
-    text = os.environ.get("TF_CONFIG", "")
-    example = json.dumps(
-        {
-            "cluster": {"worker": ["host0:12345", "host1:12345"]},
-            "task": {"type": "worker", "index": 0},
-        }
-    )
-    if not named_workers():
-        raise RuntimeError(
-            "'multi_worker' reads the workers' addresses, and which one this is, "
-            f"out of the environment variable TF_CONFIG, such as {example}. To try "
-            "it out on this machine: python -m tf_effopt.distribute.launch "
-            f"--workers 2 SCRIPT. Received: TF_CONFIG={text!r}"
-        )
+    address = tf_config.read().own
     try:
         return tf.distribute.MultiWorkerMirroredStrategy()
     except RuntimeError as error:
@@ -157,18 +144,15 @@ def _multi_worker() -> tf.distribute.Strategy:
             "TensorFlow has started already: make the 'multi_worker' strategy before "
             "any tensor, variable or layer."
         ) from error
-
-
-def named_workers() -> list[str]:
-    """The addresses in a TF_CONFIG that says which of them this is, or none."""
-    try:
-        config = json.loads(os.environ.get("TF_CONFIG", ""))
-        cluster, task = config["cluster"], config["task"]
-        of_kind, index = cluster[task["type"]], int(task["index"])
-        workers = [*cluster.get("chief", ()), *cluster.get("worker", ())]
-        return workers if 0 <= index < len(of_kind) else []
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return []
+    except tf.errors.UnknownError as error:
+        if "start gRPC server" not in str(error):
+            raise
+        raise RuntimeError(
+            f"TensorFlow can't listen at {address}, which is this worker's address in "
+            "TF_CONFIG: another process may hold the port, such as a worker of an "
+            "earlier run. End it, or choose another port in the TF_CONFIG of every "
+            "worker."
+        ) from error
 
 
 # ------------------------------------------------------------------------- tpu
