@@ -156,6 +156,29 @@ def test_a_step_of_training_compiles(precision):
     assert "network, batch of 64" in found.compiled
 
 
+def table(optimizer) -> keras.Model:
+    """Its gradient comes as rows."""
+    layers = [keras.layers.Embedding(64, 8), keras.layers.Flatten()]
+    model = keras.Sequential([keras.Input((4,), dtype="int32"), *layers])
+    model.compile(optimizer, "mse")
+    return model
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5e:2x2"])
+def test_rows_of_a_gradient_are_summed_dense_as_on_a_tpu(topology):
+    found = tpu.compile_train_step(lambda: table("adam"), 8, topology)
+    assert found.error is None
+    assert found.all_reduces == [["f32"]] * (found.replicas > 1)
+
+
+@needs_libtpu
+def test_lazy_rows_are_gathered_from_all_devices():
+    found = tpu.compile_train_step(lambda: table(tf_effopt.Adam(lazy=True)), 8)
+    assert found.error is None
+    assert sorted(found.all_reduces) == [["f32"], ["s32"]]  # rows, and their numbers
+
+
 @needs_libtpu
 def test_on_one_device_there_is_no_collective():
     found = tpu.compile_update(with_optimizer(tf_effopt.Adam), "v5e:1x1")
