@@ -230,6 +230,10 @@ def lazy_rows():
     )
 
 
+def lazy_rows_as_on_a_tpu():
+    return as_on_a_tpu(lazy_rows)
+
+
 def bfloat16_replicas_stay_equal():
     def model():
         return keras.Sequential(
@@ -261,10 +265,14 @@ def groups():
 
 def divided_matrices_as_on_a_tpu():
     """Where small tensors are stacked, too."""
+    return as_on_a_tpu(divided_matrices)
+
+
+def as_on_a_tpu(scenario):
     original = engine._compiles_steps
     engine._compiles_steps = lambda strategy: strategy.num_replicas_in_sync == 2
     try:
-        return divided_matrices()
+        return scenario()
     finally:
         engine._compiles_steps = original
 
@@ -513,6 +521,7 @@ OURS = [
     everything_in_our_wrapper_and_a_loop,
     our_wrapper_around_keras,
     lazy_rows,
+    lazy_rows_as_on_a_tpu,
     bfloat16_replicas_stay_equal,
     numbers_of_the_model,
     groups,

@@ -32,6 +32,7 @@ OURS = [
     "everything_in_our_wrapper_and_a_loop",
     "our_wrapper_around_keras",
     "lazy_rows",
+    "lazy_rows_as_on_a_tpu",
     "bfloat16_replicas_stay_equal",
     "numbers_of_the_model",
     "groups",

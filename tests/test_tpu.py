@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 
 import keras
 import numpy as np
@@ -156,6 +157,29 @@ def test_a_step_of_training_compiles(precision):
     assert "network, batch of 64" in found.compiled
 
 
+def table(optimizer) -> keras.Model:
+    """Its gradient comes as rows."""
+    layers = [keras.layers.Embedding(64, 8), keras.layers.Flatten()]
+    model = keras.Sequential([keras.Input((4,), dtype="int32"), *layers])
+    model.compile(optimizer, "mse")
+    return model
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5e:2x2"])
+def test_rows_of_a_gradient_are_summed_dense_as_on_a_tpu(topology):
+    found = tpu.compile_train_step(lambda: table("adam"), 8, topology)
+    assert found.error is None
+    assert found.all_reduces == [["f32"]] * (found.replicas > 1)
+
+
+@needs_libtpu
+def test_lazy_rows_are_gathered_from_all_devices():
+    found = tpu.compile_train_step(lambda: table(tf_effopt.Adam(lazy=True)), 8)
+    assert found.error is None
+    assert sorted(found.all_reduces) == [["f32"], ["s32"]]  # rows, and their numbers
+
+
 @needs_libtpu
 def test_on_one_device_there_is_no_collective():
     found = tpu.compile_update(with_optimizer(tf_effopt.Adam), "v5e:1x1")
@@ -253,6 +277,10 @@ def test_targets_are_guessed_by_the_loss_of_each_output(model, y):
     assert shapes == [(4, 8), (4, 5)][: len(shapes)]
 
 
+def small():
+    return sequential("mse")
+
+
 def raises():
     raise RuntimeError("my own trouble")
 
@@ -282,21 +310,173 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(arguments, said, capsy
     assert said in capsys.readouterr().err
 
 
-def test_an_unknown_optimizer_has_a_hint(monkeypatch, capsys):
+@pytest.fixture
+def compiled(monkeypatch) -> list[str]:
+    """What is said to be compiled, without libtpu: the names of optimizers."""
+    names = []
+
+    def compile_update(make_model, topology):
+        names.append(type(make_model().optimizer).__name__)
+        return tpu.Report(names[-1], "update", topology, 4)
+
     monkeypatch.setattr(compiler, "check_installed", lambda: None)
-    monkeypatch.setattr(compiler, "topology_devices", lambda topology: [None] * 4)
-    made = ["--model", "test_tpu:network", "--optimizer", "adamw"]
-    assert main(made) == 2
-    assert "no optimizer 'adamw'. Did you mean AdamW?" in capsys.readouterr().err
+    monkeypatch.setattr(compiler, "topology_devices", devices_without_libtpu)
+    monkeypatch.setattr("tf_effopt.tpu.__main__.compile_update", compile_update)
+    return names
 
 
-def test_trouble_in_the_users_function_is_shown(monkeypatch, capsys):
-    monkeypatch.setattr(compiler, "check_installed", lambda: None)
-    monkeypatch.setattr(compiler, "topology_devices", lambda topology: [None] * 4)
+def devices_without_libtpu(topology):
+    fault = compiler._fault_of(topology)
+    if fault:
+        raise compiler._no_such(topology, fault)
+    return [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--optimizer", "Adam", "adamw"],
+            "no optimizer 'adamw' .*mean AdamW\\? It has",
+        ),
+        (["--optimizer", "Adam", "Optimizer"], "no optimizer 'Optimizer'"),
+        (["--optimizer", "LossScaleOptimizer"], "'LossScaleOptimizer' .*arguments. It"),
+        (["--topology", "v5e:2x2", "v9:2x2"], "no such topology.*'v9:2x2'"),
+    ],
+)
+def test_names_are_checked_before_the_first_compilation(
+    arguments, said, compiled, capsys
+):
+    assert main(["--model", "test_tpu:small", *arguments]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not compiled
+
+
+@pytest.mark.parametrize("option", ["--json", "--markdown"])
+def test_a_folder_is_no_file_to_write_to(option, tmp_path, compiled, capsys):
+    with pytest.raises(SystemExit):
+        main(["--model", "test_tpu:small", option, str(tmp_path)])
+    assert f"{tmp_path} is a folder" in capsys.readouterr().err
+    assert not compiled
+
+
+def test_every_optimizer_with_a_name_can_be_made(compiled, capsys):
+    from tf_effopt.tpu.__main__ import _optimizers
+
+    assert main(["--model", "test_tpu:small", "--optimizer", *_optimizers()]) == 0
+    assert compiled == list(_optimizers())
+    assert {cls.__name__ for cls in OPTIMIZERS} == set(compiled)
+
+
+def test_what_was_finished_is_written_where_the_rest_fails(
+    tmp_path, compiled, monkeypatch, capsys
+):
+    made = []
+
+    def second_fails():
+        made.append(small())
+        if len(made) == 2:
+            raise RuntimeError("my own trouble")
+        return made[-1]
+
+    monkeypatch.setattr(report, "versions", dict)
+    monkeypatch.setitem(globals(), "second_fails", second_fails)
+    path = tmp_path / "a.json"
+    arguments = ["--topology", "v5e:2x2", "v5e:4x4", "--json", str(path)]
+    assert main(["--model", f"{__name__}:second_fails", *arguments]) == 2
+    assert [r["topology"] for r in json.loads(path.read_text())["reports"]] == [
+        "v5e:2x2"
+    ]
+
+
+def test_a_step_that_cannot_be_traced_is_no_failed_compilation(
+    compiled, monkeypatch, capsys
+):
+    def fails(*arguments):
+        raise TypeError("in the user's step")
+
+    monkeypatch.setattr("tf_effopt.tpu.__main__.compile_train_step", fails)
+    assert main(["--model", "test_tpu:small", "--batch-size", "8"]) == 2
+    error = capsys.readouterr().err
+    assert "in the user's step" in error
+    assert error.endswith("error: no program was made, see above\n")
+
+
+def test_trouble_in_the_users_function_is_shown(compiled, capsys):
     assert main(["--model", "test_tpu:raises"]) == 2
     error = capsys.readouterr().err
     assert "my own trouble" in error and "in raises" in error
+    assert "in _with_optimizer" not in error
     assert error.endswith("error: --model test_tpu:raises failed, see above\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import keras\ndef make(:\n", "line 2\n.*def make\\(:"),
+        ("\nraise RuntimeError('mine')", "line 2, in <module>\n.*\n?.*mine"),
+        ("import no_such_thing", "line 1, in <module>\n.*\n?.*'no_such_thing'"),
+        ("raise SystemExit(0)", "line 1, in <module>"),
+    ],
+)
+def test_trouble_in_the_users_module_is_shown(
+    text, said, tmp_path, monkeypatch, compiled, capsys
+):
+    name = f"users_{abs(hash(text))}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["--model", f"{name}:make"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"{name}.py\", {said}", error)
+    assert "importlib" not in error and "__main__.py" not in error
+    assert error.endswith(f"error: --model {name}:make failed, see above\n")
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("./test_tpu:small", "--model test_tpu:small. Received"),
+        ("test_tpu.py:small", "--model test_tpu:small. Received"),
+        ("tests/test_tpu.py:small", "in its folder, --model test_tpu:small. Received"),
+        ("no_such_thing:small", "No module named 'no_such_thing': it is looked for"),
+        ("no_such.thing:small", "No module named 'no_such': it is looked for"),
+        ("test_tpu:smal", "test_tpu has no function 'smal'. Did you mean small?"),
+        ("test_tpu:TOPOLOGIES", "test_tpu has no function 'TOPOLOGIES'."),
+        ("test_tpu", "--model takes MODULE:FUNCTION. Received: --model test_tpu"),
+    ],
+)
+def test_a_model_that_is_not_there_is_said_in_a_line(model, said, compiled, capsys):
+    assert main(["--model", model]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("topology", "fault"),
+    [
+        ("v5e:0x0", "at least 1"),
+        ("v4:0x2x2", "at least 1"),
+        ("v5e:64x64", "at most 256 chips, within 16x16x1"),
+        ("v5e:1x256", "at most 256 chips"),
+        ("v5e:4x4x16", "at most 256 chips"),
+        ("v5p:28x28x28", "at most 8960 chips"),
+        ("v9:2x2", "chips are v2, "),
+        ("", "a chip and two or three sizes"),
+        ("v5e:2", "a chip and two or three sizes"),
+        ("v5e:2x2\n", "a chip and two or three sizes"),
+    ],
+)
+def test_a_topology_that_would_end_the_process_is_refused(topology, fault):
+    with pytest.raises(ValueError, match=f"no such topology.*{fault}"):
+        compiler.topology_devices(topology)
+
+
+@pytest.mark.parametrize(
+    "topology",
+    ["v2:2x2", "v4:2x2", "v5e:1x1", "v5e:16x16", "v5p:16x20x28", "v5p:12x24x24"],
+)
+def test_topologies_that_exist_are_passed_on(topology):
+    assert compiler._fault_of(topology) is None
 
 
 def test_without_libtpu_the_error_names_the_extra(monkeypatch, capsys):

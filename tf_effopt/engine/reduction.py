@@ -21,6 +21,34 @@ def all_reduce(gradients: list[Any]) -> list[Any]:
     return context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
 
 
+def all_reduce_rows(gradients: list[Any]) -> list[Any]:
+    """As `all_reduce`, where a strategy would make rows dense: as `TPUStrategy` does.
+
+    The rows of all replicas, one after another, are their sum.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return gradients
+    sent = []
+    for g in gradients:
+        parts = [g.values, g.indices] if is_sparse(g) else []
+        sent += [_in_own_place(part, context) for part in parts] or [g]
+    sums = iter(all_reduce(sent))
+    return [
+        tf.IndexedSlices(next(sums), next(sums)) if is_sparse(g) else next(sums)
+        for g in gradients
+    ]
+
+
+def _in_own_place(x: Any, context: Any) -> Any:
+    """A tensor among zeros for the other replicas', so that the sum gathers all."""
+    place = tf.one_hot(
+        context.replica_id_in_sync_group, context.num_replicas_in_sync, True, False
+    )
+    place = tf.reshape(place, [-1] + [1] * len(x.shape))
+    return tf.reshape(tf.where(place, x, tf.zeros_like(x)), [-1, *x.shape[1:]])
+
+
 def share_memory(strategy: Any) -> bool:
     """Whether several replicas run on the CPU of this host."""
     if not _needs_no_collective(strategy):

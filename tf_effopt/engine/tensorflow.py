@@ -171,10 +171,12 @@ class TensorFlowEngine(Engine):
         return tf.convert_to_tensor(rows)
 
     def _all_reduce_gradients(self, gradients: list[Any]) -> list[Any]:
+        for_tpu = _compiles_steps(self.strategy)
+        reduce = reduction.all_reduce_rows if for_tpu else reduction.all_reduce
         if self.gradient_dtype is None or self.strategy.num_replicas_in_sync == 1:
-            return reduction.all_reduce(gradients)
+            return reduce(gradients)
         sent = [reduction.cast(g, self.gradient_dtype) for g in gradients]
-        pairs = zip(reduction.all_reduce(sent), gradients, strict=True)
+        pairs = zip(reduce(sent), gradients, strict=True)
         return [reduction.cast(total, g.dtype) for total, g in pairs]
 
     def _known_totals(self, gradients: list[Any], indices: list[int]) -> dict | None:

@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import traceback
+import types
 from collections.abc import Callable, Sequence
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -34,22 +35,29 @@ from tf_effopt.tpu.steps import compile_train_step, compile_update
 
 
 class ModelFailed(Exception):
-    """The user's function raised what is its cause."""
+    """The user's module or function raised what is its cause."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a line for each compilation; returns how many failed."""
+    """Prints a line for each compilation.
+
+    Returns 0 if all compile, 1 if one doesn't, 2 for wrong arguments or a model that
+    can't be made.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     for path in filter(None, (options.json, options.markdown)):
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            parser.error(f"there is no folder for {path}")
-    reports = []
+        _check_can_be_written(parser, path)
+    reports: list[report.Report] = []
     try:
         compiler.check_installed()
+        # Before the first compilation, which may take minutes.
+        classes = [_optimizer(name) for name in options.optimizer or []]
+        for topology in options.topology:
+            compiler.topology_devices(topology)
         make_model = _named(options.model)
-        for name in options.optimizer or [None]:
-            make = functools.partial(_with_optimizer, make_model, name)
+        for cls in classes or [None]:
+            make = functools.partial(_with_optimizer, make_model, cls)
             for topology in options.topology:
                 if options.batch_size is None:
                     reports.append(compile_update(make, topology))
@@ -59,26 +67,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     )
                 print(reports[-1], flush=True)
     except ModelFailed as failure:
-        traceback.print_exception(failure.__cause__)
+        cause = failure.__cause__
+        traceback.print_exception(cause.with_traceback(_users_part(cause)))
         print(
             f"tf_effopt.tpu: error: --model {options.model} failed, see above",
             file=sys.stderr,
         )
         return 2
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, ValueError) as error:
         print(f"tf_effopt.tpu: error: {error}", file=sys.stderr)
         return 2
-    if options.json:
+    except Exception:  # noqa: BLE001 - 1 is for what doesn't compile, not for a fault
+        traceback.print_exc()
+        print("tf_effopt.tpu: error: no program was made, see above", file=sys.stderr)
+        return 2
+    finally:
+        _write(reports, options)  # what was finished, also where the rest fails
+    return int(any(r.error is not None for r in reports))
+
+
+def _check_can_be_written(parser: argparse.ArgumentParser, path: str) -> None:
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        parser.error(f"there is no folder for {path}")
+    if os.path.isdir(path):
+        parser.error(f"{path} is a folder: name a file in it")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        parser.error(f"{path} can't be written")
+
+
+def _write(reports: list[report.Report], options: argparse.Namespace) -> None:
+    if options.json and reports:
         found = {
             "versions": report.versions(),
             "reports": [dataclasses.asdict(r) for r in reports],
         }
         with open(options.json, "w") as file:
             json.dump(found, file, indent=1)
-    if options.markdown:
+    if options.markdown and reports:
         with open(options.markdown, "w") as file:
             file.write(report.markdown(reports))
-    return int(any(r.error is not None for r in reports))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,24 +142,69 @@ def resnet50() -> keras.Model:
 
 
 def _named(name: str) -> Callable[[], keras.Model]:
+    """The user's function; `--model MODULE:FUNCTION` names it."""
     module, colon, function = name.partition(":")
     if not colon:
         raise ValueError(f"--model takes MODULE:FUNCTION. Received: --model {name}")
+    if module.endswith(".py") or os.path.basename(module) != module:
+        stem = os.path.basename(module).removesuffix(".py")
+        raise ValueError(
+            "--model takes a module as `import` does, not a file: in its folder, "
+            f"--model {stem}:{function}. Received: --model {name}"
+        )
     sys.path.insert(0, os.getcwd())
-    return getattr(importlib.import_module(module), function)
+    try:
+        found = importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        missing = getattr(error, "name", None) or " "
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(
+            f"{missing}."
+        ):
+            raise ValueError(
+                f"{error}: it is looked for in {os.getcwd()} and among what is "
+                f"installed. Received: --model {name}"
+            ) from error
+        raise ModelFailed from error
+    functions = {n: value for n, value in vars(found).items() if callable(value)}
+    if function not in functions:
+        raise ValueError(
+            f"{module} has no function {function!r}.{did_you_mean(function, functions)} "
+            f"Received: --model {name}"
+        )
+    return functions[function]
 
 
-def _with_optimizer(make_model: Callable, name: str | None) -> keras.Model:
+def _optimizers() -> dict[str, type[tf_effopt.Optimizer]]:
+    """The public ones that can be made without arguments, by their names."""
+    public = {name: getattr(tf_effopt, name) for name in tf_effopt.__all__}
+    return {
+        name: cls
+        for name, cls in public.items()
+        if isinstance(cls, type)
+        and issubclass(cls, tf_effopt.Optimizer)
+        and cls is not tf_effopt.Optimizer
+    }
+
+
+def _optimizer(name: str) -> type[tf_effopt.Optimizer]:
+    known = _optimizers()
+    if name not in known:
+        raise ValueError(
+            f"tf_effopt has no optimizer {name!r} that can be made without arguments."
+            f"{did_you_mean(name, known)} It has: {', '.join(known)}."
+        )
+    return known[name]
+
+
+def _with_optimizer(
+    make_model: Callable, cls: type[tf_effopt.Optimizer] | None
+) -> keras.Model:
     """The model, with an optimizer of tf_effopt if one is named."""
     try:
         model = make_model()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelFailed from error
-    if name is not None and isinstance(model, keras.Model):
-        cls = getattr(tf_effopt, name, None)
-        if not (isinstance(cls, type) and issubclass(cls, tf_effopt.Optimizer)):
-            hint = did_you_mean(name, tf_effopt.__all__)
-            raise ValueError(f"tf_effopt has no optimizer {name!r}.{hint}")
+    if cls is not None and isinstance(model, keras.Model):
         takes_roles = "roles" in inspect.signature(cls.__init__).parameters
         roles = {"roles": tf_effopt.roles(model)} if takes_roles else {}
         if model.compiled:  # its losses and metrics stay
@@ -139,6 +212,18 @@ def _with_optimizer(make_model: Callable, name: str | None) -> keras.Model:
         else:
             model.compile(cls(**roles))
     return model
+
+
+def _users_part(error: BaseException) -> types.TracebackType | None:
+    """The traceback of an error from the user's first line on."""
+    part = error.__traceback__
+    before = __file__, importlib.__file__
+    while part is not None and (
+        part.tb_frame.f_code.co_filename in before
+        or part.tb_frame.f_code.co_filename.startswith("<frozen importlib")
+    ):
+        part = part.tb_next
+    return part
 
 
 if __name__ == "__main__":

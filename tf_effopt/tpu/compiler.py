@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -32,6 +33,17 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 TOPOLOGIES = "v4:2x2x1, v5e:2x2, v5e:4x4, v5p:2x2x1, v6e:2x2"  # some that exist
+# What may be asked for, (chips along x, y and z; chips): the largest slice that is
+# documented, however it lies. libtpu ends the process for some that are larger.
+LARGEST = {
+    "v2": ((16, 16, 1), 256),
+    "v3": ((32, 32, 1), 1024),
+    "v4": ((16, 16, 16), 4096),
+    "v5e": ((16, 16, 1), 256),
+    "v5p": ((28, 28, 28), 8960),
+    "v6e": ((16, 16, 1), 256),
+    "tpu7x": ((24, 24, 24), 9216),
+}
 
 
 class CompileError(Exception):
@@ -101,6 +113,9 @@ def topology_devices(topology: str) -> tuple[Any, ...]:
         ValueError: there is no such topology.
         ImportError: the compiler isn't installed.
     """
+    fault = _fault_of(topology)
+    if fault:
+        raise _no_such(topology, fault)
     check_installed()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -112,11 +127,34 @@ def topology_devices(topology: str) -> tuple[Any, ...]:
             platform="tpu", topology_name=topology
         )
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(
-            f"There is no such topology; some are {TOPOLOGIES}. Received: "
-            f"topology={topology!r} ({str(error).splitlines()[0]})"
-        ) from error
+        raise _no_such(topology, str(error).splitlines()[0]) from error
     return tuple(description.devices)
+
+
+def _fault_of(topology: str) -> str | None:
+    """What is wrong with a name, as far as libtpu can't be asked."""
+    form = re.fullmatch(r"(\w+):([0-9]+)x([0-9]+)(?:x([0-9]+))?", topology)
+    if form is None:
+        return "a name is a chip and two or three sizes"
+    chip, *sizes = form.groups(default="1")
+    if chip not in LARGEST:
+        return f"chips are {', '.join(LARGEST)}"
+    sides, chips = LARGEST[chip]
+    numbers = [int(size) for size in sizes]
+    if 0 in numbers:
+        return "a size is at least 1"
+    too_long = any(n > side for n, side in zip(numbers, sides, strict=True))
+    if too_long or math.prod(numbers) > chips:
+        largest = "x".join(map(str, sides))
+        return f"{chip} has at most {chips} chips, within {largest}"
+    return None
+
+
+def _no_such(topology: str, fault: str) -> ValueError:
+    return ValueError(
+        f"There is no such topology; some are {TOPOLOGIES}. Received: "
+        f"topology={topology!r} ({fault})"
+    )
 
 
 def compile_hlo(

@@ -64,6 +64,7 @@ class _Extended(OneDeviceExtended):
         group = [list(range(self._replicas))]
 
         def reduced(x: Any) -> Any:
+            x = tf.convert_to_tensor(x)  # `TPUStrategy` makes rows dense, too
             if x.dtype == tf.float64:
                 raise CompileError(
                     "A TPU can't sum float64 over its devices: make the model's weights "
