@@ -203,7 +203,11 @@ def train(config: Config, run: Run) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"--output-dir can't be made: {error}") from error
     validation = image_data.validation_batches(data, run.devices.replicas)
-    fit(config, run, model, data, validation)
+    try:
+        fit(config, run, model, data, validation)
+    except preemption.Preempted:
+        run.devices.meet()  # the chief may still be writing the checkpoint
+        raise
     loss, accuracy = model.evaluate(validation, verbose=0)
     measured = {
         "accuracy": accuracy,
@@ -376,9 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def last_checkpoint(run: Run | None) -> str:
-    if run is None or not run.checkpoint.exists():
-        return "There is no checkpoint yet."
-    return f"The checkpoint of {run.progress} stands: {run.checkpoint}"
+    return "There is no checkpoint yet." if run is None else run.standing()
 
 
 def report(run: Run, results: dict[str, Any]) -> None:

@@ -74,6 +74,10 @@ class Devices:
         # Equal exactly where all numbers are (Cauchy and Schwarz).
         return total**2 == squares * self.replicas
 
+    def meet(self) -> None:
+        """Waits until all workers are here."""
+        self.agree_on(0)
+
 
 @dataclasses.dataclass
 class Progress:
@@ -148,6 +152,21 @@ class Run:
             ) from error
         checkpoint.check_same_run(self.metrics, configuration, self.configuration)
         return results
+
+    def standing(self) -> str:
+        """Says what the checkpoint's file holds.
+
+        Which may be less than `progress`: a write may have been broken off, or another
+        worker's, and before `restore` the file may hold more.
+        """
+        try:
+            saved = checkpoint.read(self.checkpoint)
+        except checkpoint.CheckpointError as error:
+            return str(error)
+        if saved is None:
+            return "There is no checkpoint yet."
+        progress = Progress(**saved[0]["progress"])
+        return f"The checkpoint of {progress} stands: {self.checkpoint}"
 
     def restore(self, model: keras.Model) -> None:
         """Takes up what the checkpoint holds, if there is one."""

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 import resume_kills
@@ -21,7 +22,13 @@ import tensorflow_datasets as tfds
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from recipes import checkpoint, command_line, image_data
+from recipes import (
+    checkpoint,
+    command_line,
+    image_classification,
+    image_data,
+    image_run,
+)
 
 TIME_LIMIT = 300
 SHORT = ["--epochs", "1", "--batch-size", "700"]  # two steps of digits
@@ -480,9 +487,11 @@ def test_sigterm_saves_within_an_epoch_and_the_bits_are_the_same(
     options = ["--epochs", "8", "--data-dir", str(data_dir)]
     resume_kills.complete(tmp_path / "smooth", options, workers)
     said = interrupted(tmp_path / "rough", options, workers, checkpoints=2)
-    assert len(re.findall("Ended by SIGTERM. The checkpoint of epoch", said)) == workers
     header, _ = checkpoint.read(tmp_path / "rough" / "checkpoint.npz")
     assert header["progress"]["batches"] > 0
+    progress = image_run.Progress(**header["progress"])
+    ended = re.findall("Ended by SIGTERM. The checkpoint of (.*) stands", said)
+    assert ended == [str(progress)] * workers
     resume_kills.complete(tmp_path / "rough", options, workers)
     different = resume_kills.differences(tmp_path / "smooth", tmp_path / "rough")
     if workers > 1:  # The logged loss is summed up in another order.
@@ -523,6 +532,45 @@ def test_a_checkpoint_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     checkpoint.write(path, {"epoch": 2}, {"w": np.zeros(3)})
     assert checkpoint.read(path)[0] == {"epoch": 2}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def small_model():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(optimizer="sgd", loss="mse")
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+RECORD = {
+    "epoch": 1,
+    "learning_rate": 0.1,
+    "seconds": 1.0,
+    **dict.fromkeys(("loss", "accuracy", "val_loss", "val_accuracy"), 0.5),
+}
+
+
+def test_what_stands_is_what_the_file_holds(tmp_path, monkeypatch):
+    run = image_run.Run(tmp_path, {})
+    assert image_classification.last_checkpoint(run) == "There is no checkpoint yet."
+    run.progress.history.append(RECORD)
+    run.save(small_model())
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    run.progress.history.append(RECORD)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.os, "fsync", interrupt)
+        run.save(small_model())
+    assert "The checkpoint of epoch 1 stands" in run.standing()
+    # Before it is read, too: while the data are loaded.
+    assert image_run.Run(tmp_path, {}).standing() == run.standing()
+    run.progress.batches = 3
+    run.save(small_model())
+    said = image_classification.last_checkpoint(run)
+    assert said.startswith("The checkpoint of epoch 2 and 3 batches stands: ")
+    run.checkpoint.write_bytes(b"PK")
+    assert "can't be read as a checkpoint" in run.standing()
 
 
 # ---------------------------------------------------------------------- data
