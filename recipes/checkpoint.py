@@ -24,9 +24,10 @@ class CheckpointError(Exception):
 
 def unreadable(path: Path, what: str, error: Exception) -> CheckpointError:
     """What to raise for a file that isn't what it should be."""
+    # --overwrite deletes files, no folders.
+    mend = "." if path.is_dir() else ", or pass --overwrite to start anew."
     return CheckpointError(
-        f"{path} can't be read as {what} ({error}). Move it away, or pass --overwrite "
-        "to start anew."
+        f"{path} can't be read as {what} ({error}). Move it away{mend}"
     )
 
 

@@ -192,16 +192,16 @@ def train(config: Config, run: Run) -> dict[str, Any]:
     # here, since preparing the data may have drawn random numbers.
     keras.utils.set_random_seed(config.seed)
     tf.config.experimental.enable_op_determinism()
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output-dir can't be made: {error}") from error
     with strategy.scope():
         model = make_model(config, data, steps_per_epoch)
         if config.overwrite:
             run.clear()
         else:
             run.restore(model)
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output-dir can't be made: {error}") from error
     validation = image_data.validation_batches(data, run.devices.replicas)
     try:
         fit(config, run, model, data, validation)

@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 
 import tf_effopt
 from recipes import checkpoint
+from recipes.command_line import UsageError
 from recipes.preemption import Preempted
 
 
@@ -133,11 +134,21 @@ class Run:
         return self.epochs < epochs and not self.progress.stopped
 
     def clear(self) -> None:
-        """Deletes what a run writes, and nothing else."""
+        """Deletes the files that a run writes, and nothing else.
+
+        Raises:
+            UsageError: one of them can't be deleted.
+        """
         if not self.devices.is_chief:
             return
         for path in (self.metrics, self.checkpoint, self.curves, self.model):
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise UsageError(
+                    f"--overwrite can't delete {path} ({error.strerror}). Move it "
+                    "away, or pass another --output-dir."
+                ) from error
 
     def finished(self) -> dict[str, Any] | None:
         """The results, if this run is through: they are written last."""

@@ -360,9 +360,17 @@ BAD_INPUT = {
     ),
     "folder": (
         ["--output-dir", "{nested}"],
-        ["can't be read as a checkpoint", "--overwrite"],
+        ["checkpoint.npz can't be read as a checkpoint", "directory", "Move it away."],
+    ),
+    "folder anew": (
+        ["--overwrite", "--output-dir", "{nested}"],
+        ["--overwrite can't delete {nested}", "Move it away", "--output-dir"],
     ),
     "output": (["--output-dir", "{file}"], ["--output-dir"]),
+    "output anew": (
+        ["--overwrite", "--output-dir", "{file}/sub"],
+        ["--output-dir can't be made", "Not a directory"],
+    ),
 }
 
 
