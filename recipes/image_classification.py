@@ -312,16 +312,28 @@ def fit(
         checkpoint.restore(checkpoint.model_state(model), run.best_weights)
 
 
-def make_strategy(config: Config) -> tf.distribute.Strategy:
-    """The strategy of that name; of logical CPU devices where there is no GPU."""
-    on_jax = keras.backend.backend() == "jax"
-    if on_jax != (config.strategy == "data_parallel") and config.strategy != "none":
+def check_backend(backend: str, strategy: str) -> None:
+    """Raises `UsageError` if the recipe has no such strategy on Keras's backend."""
+    if backend not in ("tensorflow", "jax"):
+        # Only on these two is an epoch that was broken off taken up to the same bits.
+        raise UsageError(
+            f"KERAS_BACKEND must be tensorflow or jax. Received: {backend}"
+        )
+    on_jax = backend == "jax"
+    if on_jax != (strategy == "data_parallel") and strategy != "none":
         raise UsageError(
             "With KERAS_BACKEND=jax --strategy is none or data_parallel, with "
             "tensorflow any but the latter. Received: --strategy "
-            f"{config.strategy} with {keras.backend.backend()}"
+            f"{strategy} with {backend}"
         )
-    if on_jax:  # Keras itself shards batches; TensorFlow only feeds them.
+
+
+def make_strategy(config: Config) -> tf.distribute.Strategy:
+    """The strategy of that name; of logical CPU devices where there is no GPU."""
+    check_backend(keras.backend.backend(), config.strategy)
+    if (
+        keras.backend.backend() == "jax"
+    ):  # Keras itself shards batches; TensorFlow only feeds them.
         several = config.strategy == "data_parallel"
         data_parallel = keras.distribution.DataParallel() if several else None
         keras.distribution.set_distribution(data_parallel)

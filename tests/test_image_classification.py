@@ -417,6 +417,23 @@ def test_bad_input_is_named_and_mended(bad_runs, name):
         assert expected.lower() in err.lower(), (expected, err)
 
 
+@pytest.mark.parametrize("strategy", ["none", "mirrored", "data_parallel"])
+def test_other_backends_are_refused(strategy):
+    with pytest.raises(command_line.UsageError, match="tensorflow or jax.*torch"):
+        image_classification.check_backend("torch", strategy)
+
+
+def test_each_backend_has_its_strategies():
+    for backend, strategy in (
+        *(("jax", "none"), ("jax", "data_parallel")),
+        *(("tensorflow", "none"), ("tensorflow", "mirrored")),
+    ):
+        image_classification.check_backend(backend, strategy)
+    for backend, strategy in (("jax", "mirrored"), ("tensorflow", "data_parallel")):
+        with pytest.raises(command_line.UsageError, match=f"{strategy} with {backend}"):
+            image_classification.check_backend(backend, strategy)
+
+
 def test_a_dead_network_is_noticed_within_seconds(tmp_path):
     """A connection that is accepted and then never answered."""
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
