@@ -178,6 +178,7 @@ def train(config: Config, run: Run) -> dict[str, Any]:
     keras.backend.clear_session()
     strategy = make_strategy(config)  # devices can't be split later
     run.devices = Devices(config.strategy, strategy)
+    check_shares(config.batch_size, run.devices)
     keras.config.set_dtype_policy(config.precision)
     # The optimizer checks its arguments itself, before any data is read.
     make_optimizer(config.optimizer, config.learning_rate, config.set)
@@ -328,6 +329,25 @@ def check_backend(backend: str, strategy: str) -> None:
         )
 
 
+class DataParallel(keras.distribution.DataParallel):
+    """Keras's, but each device gets the whole of a batch that can't be shared out."""
+
+    def get_data_layout(self, data_shape: Sequence[int]) -> Any:
+        if data_shape[0] % self.device_mesh.devices.size == 0:
+            return super().get_data_layout(data_shape)
+        whole = [None] * len(data_shape)
+        return keras.distribution.TensorLayout(whole, self.device_mesh)
+
+
+def check_shares(batch_size: int, devices: Devices) -> None:
+    """Raises `UsageError` if Keras's data parallelism can't share out a batch."""
+    if devices.name == "data_parallel" and batch_size % devices.replicas:
+        raise UsageError(
+            "With --strategy data_parallel --batch-size must be a multiple of "
+            f"{devices.replicas}, the number of devices. Received: {batch_size}"
+        )
+
+
 def make_strategy(config: Config) -> tf.distribute.Strategy:
     """The strategy of that name; of logical CPU devices where there is no GPU."""
     check_backend(keras.backend.backend(), config.strategy)
@@ -335,8 +355,7 @@ def make_strategy(config: Config) -> tf.distribute.Strategy:
         keras.backend.backend() == "jax"
     ):  # Keras itself shards batches; TensorFlow only feeds them.
         several = config.strategy == "data_parallel"
-        data_parallel = keras.distribution.DataParallel() if several else None
-        keras.distribution.set_distribution(data_parallel)
+        keras.distribution.set_distribution(DataParallel() if several else None)
         return tf.distribute.get_strategy()
     replicas = config.replicas
     if config.strategy == "mirrored" and not tf.config.list_physical_devices("GPU"):

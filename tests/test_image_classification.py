@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import keras
 import numpy as np
@@ -294,6 +295,45 @@ def test_on_jax_two_devices_train_as_one_does(tmp_path, data_dir):
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
 
 
+@pytest.mark.slow
+def test_on_jax_devices_evaluate_what_they_cannot_share(tmp_path, data_dir):
+    """360 validation images on 16 devices; --batch-size has to be a multiple."""
+    folder = tmp_path / "run"
+    recipe = "recipes/image_classification.py"
+    options = ["--model", "mlp", "--epochs", "1", "--strategy", "data_parallel"]
+    for batch_size in (40, 32):
+        process = subprocess.run(
+            [sys.executable, recipe, *options, "--output-dir", str(folder)]
+            + ["--batch-size", str(batch_size)],
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "KERAS_BACKEND": "jax",
+                "TFDS_DATA_DIR": str(data_dir),
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=16",
+            },
+            timeout=TIME_LIMIT,
+        )
+        if batch_size == 40:
+            assert process.returncode == 2
+            assert "--batch-size must be a multiple of 16" in process.stderr
+            assert not folder.exists()
+    assert process.returncode == 0, process.stderr
+    results = json.loads((folder / "metrics.json").read_text())
+    assert results["replicas"] == 16
+    # On one device, by Keras without a distribution.
+    model = keras.models.load_model(folder / "model.keras")
+    data = image_data.load("digits", str(data_dir), None)
+    loss, accuracy = model.evaluate(
+        data.validation_images, data.validation_labels, batch_size=360, verbose=0
+    )
+    assert results["accuracy"] == pytest.approx(accuracy, rel=1e-6)
+    assert results["loss"] == pytest.approx(loss, rel=1e-5)
+
+
 # ------------------------------------------------------------------ bad input
 
 
@@ -432,6 +472,16 @@ def test_each_backend_has_its_strategies():
     for backend, strategy in (("jax", "mirrored"), ("tensorflow", "data_parallel")):
         with pytest.raises(command_line.UsageError, match=f"{strategy} with {backend}"):
             image_classification.check_backend(backend, strategy)
+
+
+def test_devices_that_cannot_share_a_batch_are_refused():
+    devices = mock.Mock(replicas=3)
+    devices.name = "data_parallel"
+    image_classification.check_shares(33, devices)
+    with pytest.raises(command_line.UsageError, match="multiple of 3.*Received: 32"):
+        image_classification.check_shares(32, devices)
+    devices.name = "mirrored"  # whose replicas may get unequal parts
+    image_classification.check_shares(32, devices)
 
 
 def test_a_dead_network_is_noticed_within_seconds(tmp_path):
@@ -654,7 +704,9 @@ def test_augmentation_shifts_and_mirrors(images):
         (36, 3, [9] * 4),
         (36, 4, [10, 10, 10, 6]),  # 4 * 9 would be parts of a fraction
         (32, 4, [8] * 4),
-        (37, 2, [10, 10, 10, 7]),
+        (37, 1, [10, 10, 10, 7]),
+        (37, 2, [9, 9, 9, 9, 1]),  # as a whole for each device of JAX
+        (8, 3, [8]),
         (8, 2, [8]),
     ],
 )
