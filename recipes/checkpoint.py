@@ -79,6 +79,18 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
         raise unreadable(path, "a checkpoint", error) from error
 
 
+def check_parts(saved: Any, kinds: dict[str, type]) -> None:
+    """Raises `ValueError` if what JSON held has no parts of these names and types."""
+    for name, kind in kinds.items():
+        if not isinstance(saved, dict) or name not in saved:
+            raise ValueError(f"it has no {name!r}")
+        found = type(saved[name])
+        if found is not kind:
+            raise ValueError(
+                f"its {name!r} is of type {found.__name__}, not {kind.__name__}"
+            )
+
+
 def check_same_run(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     """Raises `CheckpointError` if two configurations differ."""
     differences = [
@@ -120,13 +132,27 @@ def restore(state: dict[str, keras.Variable], arrays: dict[str, np.ndarray]) -> 
     Raises:
         CheckpointError: they are those of another model or optimizer.
     """
-    if differences := sorted(state.keys() ^ arrays.keys()):
-        raise CheckpointError(
-            "The checkpoint doesn't fit this model and optimizer: only one of the "
-            f"two has {differences[0]}. Pass --overwrite to start anew."
-        )
+    check_fit(state, arrays)
     for name, variable in state.items():
         variable.assign(arrays[name])
+
+
+def check_fit(state: dict[str, keras.Variable], arrays: dict[str, np.ndarray]) -> None:
+    """Raises `CheckpointError` if saved values aren't those of these variables."""
+    difference = ""
+    if names := sorted(state.keys() ^ arrays.keys()):
+        difference = f"only one of the two has {names[0]}"
+    else:
+        for name, variable in state.items():
+            there, here = arrays[name].shape, tuple(variable.shape)
+            if there != here:
+                difference = f"{name} is of shape {there} there, {here} here"
+                break
+    if difference:
+        raise CheckpointError(
+            f"The checkpoint doesn't fit this model and optimizer: {difference}. "
+            "Pass --overwrite to start anew."
+        )
 
 
 def _by_name(group: str, variables: list[keras.Variable]) -> dict[str, keras.Variable]:

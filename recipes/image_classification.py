@@ -427,7 +427,8 @@ def report(run: Run, results: dict[str, Any]) -> None:
         ("checkpoint", run.checkpoint),
         ("TensorBoard", run.logs),
     ):
-        print(f"  {what + ':':<12} {path}")
+        missing = "" if path.exists() else "  (deleted; --overwrite makes it anew)"
+        print(f"  {what + ':':<12} {path}{missing}")
 
 
 if __name__ == "__main__":

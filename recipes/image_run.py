@@ -80,6 +80,19 @@ class Devices:
         self.agree_on(0)
 
 
+# What is read of an epoch's record, and of a finished run's results.
+RECORD = {"epoch": int} | dict.fromkeys(
+    ("loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds"), float
+)
+RESULTS = {
+    "configuration": dict,
+    "accuracy": float,
+    "validation_examples": int,
+    "steps": int,
+    "seconds": float,
+}
+
+
 @dataclasses.dataclass
 class Progress:
     """How far a run is; part of its checkpoint.
@@ -97,6 +110,21 @@ class Progress:
     best: float = -1.0
     waited: int = 0
     stopped: bool = False
+
+    @classmethod
+    def read(cls, saved: Any) -> Progress:
+        """Returns what a checkpoint's header holds.
+
+        Raises:
+            ValueError: it is that of another program, or of another version.
+        """
+        kinds = {name: type(x) for name, x in dataclasses.asdict(cls()).items()}
+        checkpoint.check_parts(saved, kinds)
+        for record in saved["history"]:
+            checkpoint.check_parts(record, RECORD)
+        if unknown := sorted(saved.keys() - kinds.keys()):
+            raise ValueError(f"its progress has an unknown part {unknown[0]!r}")
+        return cls(**saved)
 
     def __str__(self) -> str:
         more = f" and {self.batches} batches" if self.batches else ""
@@ -151,18 +179,25 @@ class Run:
                 ) from error
 
     def finished(self) -> dict[str, Any] | None:
-        """The results, if this run is through: they are written last."""
+        """The results, if this run is through: they are written last.
+
+        None, too, if the model or the curves were deleted since then and there is the
+        checkpoint to make them from.
+        """
         if not self.metrics.exists():
             return None
         try:
             results = json.loads(self.metrics.read_text())
-            configuration = dict(results["configuration"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            checkpoint.check_parts(results, RESULTS)
+        except (OSError, ValueError) as error:
             raise checkpoint.unreadable(
                 self.metrics, "the results of a run", error
             ) from error
-        checkpoint.check_same_run(self.metrics, configuration, self.configuration)
-        return results
+        checkpoint.check_same_run(
+            self.metrics, results["configuration"], self.configuration
+        )
+        whole = self.model.exists() and self.curves.exists()
+        return results if whole or not self.checkpoint.exists() else None
 
     def standing(self) -> str:
         """Says what the checkpoint's file holds.
@@ -171,13 +206,27 @@ class Run:
         worker's, and before `restore` the file may hold more.
         """
         try:
-            saved = checkpoint.read(self.checkpoint)
+            saved = self._read()
         except checkpoint.CheckpointError as error:
             return str(error)
         if saved is None:
             return "There is no checkpoint yet."
-        progress = Progress(**saved[0]["progress"])
-        return f"The checkpoint of {progress} stands: {self.checkpoint}"
+        return f"The checkpoint of {saved[1]} stands: {self.checkpoint}"
+
+    def _read(self) -> tuple[dict[str, Any], Progress, dict[str, np.ndarray]] | None:
+        """Returns the checkpoint's configuration, progress and arrays."""
+        saved = checkpoint.read(self.checkpoint)
+        if saved is None:
+            return None
+        header, arrays = saved
+        try:
+            checkpoint.check_parts(header, {"configuration": dict, "progress": dict})
+            progress = Progress.read(header["progress"])
+        except ValueError as error:
+            raise checkpoint.unreadable(
+                self.checkpoint, "a checkpoint", error
+            ) from error
+        return header["configuration"], progress, arrays
 
     def restore(self, model: keras.Model) -> None:
         """Takes up what the checkpoint holds, if there is one."""
@@ -188,14 +237,11 @@ class Run:
                 "network disk. Received: --output-dir on this worker with "
                 f"{self.checkpoint.name if self.checkpoint.exists() else 'none'}."
             )
-        saved = checkpoint.read(self.checkpoint)
+        saved = self._read()
         if saved is None:
             return
-        header, arrays = saved
-        checkpoint.check_same_run(
-            self.checkpoint, header["configuration"], self.configuration
-        )
-        self.progress = Progress(**header["progress"])
+        configuration, self.progress, arrays = saved
+        checkpoint.check_same_run(self.checkpoint, configuration, self.configuration)
         self.best_weights = _taken(arrays, "best/")
         self.metrics_so_far = _taken(arrays, "metrics/")
         checkpoint.restore(checkpoint.training_state(model), arrays)
@@ -277,8 +323,10 @@ class Saving(keras.callbacks.Callback):
         if self.run.metrics_so_far:
             _sync(self.model)
             state = checkpoint.metrics_state(self.model)
-            for name, value in self.run.metrics_so_far.items():
-                self._add(state[f"metrics/{name}"], value)
+            so_far = {f"metrics/{k}": v for k, v in self.run.metrics_so_far.items()}
+            checkpoint.check_fit(state, so_far)
+            for name, value in so_far.items():
+                self._add(state[name], value)
             self.run.metrics_so_far = {}
         self.ends = self.ends or self.is_time_to_save()
         if self.ends and batch + 1 < self.params["steps"]:

@@ -1,6 +1,7 @@
 """The image-classification recipe: it trains, resumes, and says what is wrong."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -193,6 +194,7 @@ def short_runs(tmp_path_factory, data_dir):
     runs = [run(name, "--optimizer", name, "--model", "mlp") for name in names]
     ema = ["--model", "mlp", "--set", "use_ema=true", "--set", "ema_momentum=0.5"]
     ema += ["--early-stopping", "1"]
+    remade = str(folder / "average" / "model.keras")
     runs += [
         run("cnn", "--schedule", "constant", "--warmup", "0", "--seed", "3"),
         run("resnet", "--model", "resnet", "--precision", "mixed_bfloat16"),
@@ -207,6 +209,7 @@ def short_runs(tmp_path_factory, data_dir):
         ["ended", run("average", *ema)[1], str(folder / "average" / "metrics.json")],
         ["other", run("average", *ema, "--seed", "9")[1]],
         ["anew", run("average", *ema, "--seed", "9", "--overwrite")[1]],
+        ["whole", run("average", *ema, "--seed", "9")[1], remade],
         run("diverges", "--learning-rate", "1e38", "--optimizer", "SGD"),
     ]
     results = run_many(runs, data_dir)
@@ -245,6 +248,10 @@ def test_a_finished_run_says_so_and_another_configuration_is_refused(short_runs)
     code, _, err = results["other"]
     assert code == 2 and "seed: 0 there, 9 here" in err and "--overwrite" in err
     assert results["anew"][0] == 0
+    # What was deleted since then is made anew, without training.
+    code, out, _ = results["whole"]
+    assert code == 0 and out.splitlines()[1:] == results["anew"][1].splitlines()[1:]
+    assert (short_runs[1] / "average" / "model.keras").exists()
 
 
 def test_a_run_that_diverges_says_so(short_runs):
@@ -610,8 +617,10 @@ def test_a_checkpoint_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
 
 
 def small_model():
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    model.compile(optimizer="sgd", loss="mse")
+    # Named, since others would be numbered from one model to the next.
+    dense = keras.layers.Dense(1, name="dense")
+    model = keras.Sequential([keras.Input((2,)), dense], name="small")
+    model.compile(optimizer=keras.optimizers.SGD(name="sgd"), loss="mse")
     model.optimizer.build(model.trainable_variables)
     return model
 
@@ -646,6 +655,86 @@ def test_what_stands_is_what_the_file_holds(tmp_path, monkeypatch):
     assert said.startswith("The checkpoint of epoch 2 and 3 batches stands: ")
     run.checkpoint.write_bytes(b"PK")
     assert "can't be read as a checkpoint" in run.standing()
+
+
+NOT_WHOLE = {
+    "no configuration": lambda header: header.pop("configuration"),
+    "no progress": lambda header: header.pop("progress"),
+    "configuration": lambda header: header.update(configuration=5),
+    "another version": lambda header: header["progress"].update(more=1),
+    "an older version": lambda header: header["progress"].pop("waited"),
+    "history": lambda header: header["progress"].update(history=5),
+    "records": lambda header: header["progress"].update(history=[{"epoch": 1}]),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory):
+    """A checkpoint's header and arrays."""
+    run = image_run.Run(tmp_path_factory.mktemp("saved"), {"seed": 1})
+    run.progress.history.append(RECORD)
+    run.save(small_model())
+    return checkpoint.read(run.checkpoint)
+
+
+@pytest.mark.parametrize("name", [None, "a list", *NOT_WHOLE])
+def test_a_header_that_is_not_whole_is_no_checkpoint(tmp_path, saved_run, name):
+    header, arrays = copy.deepcopy(saved_run)
+    if name in NOT_WHOLE:
+        NOT_WHOLE[name](header)
+    run = image_run.Run(tmp_path, {"seed": 1})
+    checkpoint.write(run.checkpoint, [1] if name == "a list" else header, arrays)
+    if name is None:
+        run.restore(small_model())
+        assert run.epochs == 1
+        return
+    with pytest.raises(checkpoint.CheckpointError, match="can't be read.*--overwrite"):
+        run.restore(small_model())
+    assert "can't be read" in run.standing()
+
+
+def test_arrays_of_another_shape_are_named(tmp_path, saved_run):
+    header, arrays = copy.deepcopy(saved_run)
+    kernel = next(name for name in arrays if name.endswith("kernel"))
+    arrays[kernel] = np.arange(200.0)
+    run = image_run.Run(tmp_path, {"seed": 1})
+    checkpoint.write(run.checkpoint, header, arrays)
+    expected = rf"{kernel} is of shape \(200,\) there, \(2, 1\) here.*--overwrite"
+    with pytest.raises(checkpoint.CheckpointError, match=expected) as caught:
+        run.restore(small_model())
+    assert len(str(caught.value)) < 250
+
+
+def test_sums_of_an_epoch_that_are_not_whole_are_refused(tmp_path):
+    run = image_run.Run(tmp_path, {})
+    run.metrics_so_far = {"000/loss": np.zeros(())}
+    saving = image_run.Saving(run, None, lambda: False)
+    saving.set_model(small_model())
+    with pytest.raises(checkpoint.CheckpointError, match="only one of the two has"):
+        saving.on_train_batch_end(0)
+
+
+def test_results_that_are_not_whole_are_refused(tmp_path, capsys):
+    run = image_run.Run(tmp_path, {"seed": 1})
+    results = {"configuration": {"seed": 1}, "accuracy": 0.5, "seconds": 1.0}
+    results |= {"validation_examples": 360, "steps": 2}
+    run.metrics.write_text(json.dumps(results))
+    # A finished run keeps its results; what was deleted is named.
+    assert run.finished() == results
+    image_classification.report(run, results)
+    assert f"{run.model}  (deleted" in capsys.readouterr().out
+    # But it is made from the checkpoint, where there is one.
+    run.checkpoint.touch()
+    assert run.finished() is None
+    for name in results:
+        less = {k: v for k, v in results.items() if k != name}
+        run.metrics.write_text(json.dumps(less))
+        with pytest.raises(checkpoint.CheckpointError, match=f"no '{name}'"):
+            run.finished()
+    for text in ("[]", "5", '{"configuration": 5}'):
+        run.metrics.write_text(text)
+        with pytest.raises(checkpoint.CheckpointError, match="can't be read"):
+            run.finished()
 
 
 # ---------------------------------------------------------------------- data
