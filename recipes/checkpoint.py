@@ -6,9 +6,11 @@ draws other masks after a resumption, and spread a run over several files.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +56,25 @@ def write(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> 
         arrays: by name; the name `"header"` is taken.
     """
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
+    with written_aside(path) as aside, open(aside, "wb") as file:
         np.savez(file, **{HEADER: text}, **arrays)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yields where to write a file, which then takes its place, or is deleted."""
+    aside = path.with_suffix(".tmp" + path.suffix)
+    try:
+        yield aside
+        os.replace(aside, path)
+    except BaseException:
+        # What went wrong is to be told, not that this does, too.
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import platform
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +260,8 @@ class Run:
         if self.progress.batches:
             arrays |= checkpoint.values(checkpoint.metrics_state(model))
         if self.devices.is_chief:
-            checkpoint.write(self.checkpoint, header, arrays)
+            with writing(self.checkpoint):
+                checkpoint.write(self.checkpoint, header, arrays)
 
     def take_up_saved(self, model: keras.Model) -> None:
         """Takes up what was saved last, from memory: it may not be on disk yet."""
@@ -284,14 +287,28 @@ class Run:
         }
         if not self.devices.is_chief:
             return results
-        aside = self.folder / "model.tmp.keras"
-        model.save(aside)
-        os.replace(aside, self.model)
-        plot(history, self.curves)
-        aside = self.folder / "metrics.json.tmp"
-        aside.write_text(json.dumps(results, indent=2))
-        os.replace(aside, self.metrics)
+        for path, write in (
+            (self.model, model.save),
+            (self.curves, lambda aside: plot(history, aside)),
+            (self.metrics, lambda x: x.write_text(json.dumps(results, indent=2))),
+        ):
+            with writing(path), checkpoint.written_aside(path) as aside:
+                write(aside)
         return results
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, an error is that of writing a file: there is no space, say."""
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as error:
+        # TensorFlow says around it which of its operations this was.
+        why = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", str(error))
+        raise TrainingFailed(
+            f"{path} can't be written ({why}). Mend that, and run the same command "
+            "again to go on."
+        ) from error
 
 
 class Saving(keras.callbacks.Callback):
@@ -313,7 +330,9 @@ class Saving(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         if self.run.devices.is_chief:
-            self.curves = TensorBoardCurves(self.run.logs, self.run.progress.history)
+            with writing(self.run.logs):
+                history = self.run.progress.history
+                self.curves = TensorBoardCurves(self.run.logs, history)
         self.started = time.perf_counter()
         self.before = self.run.progress.batches
 
@@ -363,7 +382,8 @@ class Saving(keras.callbacks.Callback):
             self._stop_early(self.run.progress, record["val_accuracy"])
         self.run.save(self.model)
         if self.run.devices.is_chief:
-            self.curves.add(record)
+            with writing(self.run.logs):
+                self.curves.add(record)
         if self.ends:
             raise Preempted
 

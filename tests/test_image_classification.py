@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -655,6 +656,53 @@ def test_what_stands_is_what_the_file_holds(tmp_path, monkeypatch):
     assert said.startswith("The checkpoint of epoch 2 and 3 batches stands: ")
     run.checkpoint.write_bytes(b"PK")
     assert "can't be read as a checkpoint" in run.standing()
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """As on a disk that is full: what is longer can't be written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_space_for_a_checkpoint_leaves_the_one_before(tmp_path):
+    run = image_run.Run(tmp_path, {})
+    run.progress.history.append(RECORD)
+    run.save(small_model())
+    run.progress.history.append(RECORD)
+    with file_size_limit(100), pytest.raises(image_run.TrainingFailed) as caught:
+        run.save(small_model())
+    assert f"{run.checkpoint} can't be written" in str(caught.value)
+    assert "File too large" in str(caught.value)
+    assert "checkpoint of epoch 1 stands" in run.standing()
+    assert list(tmp_path.iterdir()) == [run.checkpoint]
+
+
+@pytest.mark.parametrize("name", ["model.keras", "curves.png", "metrics.json"])
+def test_no_space_for_results_leaves_no_half_file(tmp_path, name, monkeypatch):
+    run = image_run.Run(tmp_path, {})
+    run.progress.history.append(RECORD)
+    model = small_model()
+
+    if name != "model.keras":
+        monkeypatch.setattr(model, "save", lambda path: path.write_text("x"))
+    if name == "metrics.json":
+        monkeypatch.setattr(image_run, "plot", lambda _, path: path.write_text("x"))
+    with file_size_limit(100), pytest.raises(image_run.TrainingFailed) as caught:
+        run.write_results(model, {"accuracy": 0.5})
+    assert f"{tmp_path / name} can't be written" in str(caught.value)
+    assert not list(tmp_path.glob("*.tmp*")) and not (tmp_path / name).exists()
+
+
+def test_curves_that_cannot_be_written_are_named(tmp_path):
+    run = image_run.Run(tmp_path, {})
+    run.logs.write_text("not a folder")
+    with pytest.raises(image_run.TrainingFailed, match=r"is not a directory\)"):
+        image_run.Saving(run, None, lambda: False).on_train_begin()
 
 
 NOT_WHOLE = {
