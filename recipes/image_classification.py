@@ -351,9 +351,8 @@ def check_shares(batch_size: int, devices: Devices) -> None:
 def make_strategy(config: Config) -> tf.distribute.Strategy:
     """The strategy of that name; of logical CPU devices where there is no GPU."""
     check_backend(keras.backend.backend(), config.strategy)
-    if (
-        keras.backend.backend() == "jax"
-    ):  # Keras itself shards batches; TensorFlow only feeds them.
+    if keras.backend.backend() == "jax":
+        # Keras itself shards batches; TensorFlow only feeds them.
         several = config.strategy == "data_parallel"
         keras.distribution.set_distribution(DataParallel() if several else None)
         return tf.distribute.get_strategy()
