@@ -6,9 +6,11 @@ draws other masks after a resumption, and spread a run over several files.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ class CheckpointError(Exception):
 
 def unreadable(path: Path, what: str, error: Exception) -> CheckpointError:
     """What to raise for a file that isn't what it should be."""
+    # --overwrite deletes files, no folders.
+    mend = "." if path.is_dir() else ", or pass --overwrite to start anew."
     return CheckpointError(
-        f"{path} can't be read as {what} ({error}). Move it away, or pass --overwrite "
-        "to start anew."
+        f"{path} can't be read as {what} ({error}). Move it away{mend}"
     )
 
 
@@ -53,13 +56,25 @@ def write(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> 
         arrays: by name; the name `"header"` is taken.
     """
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
+    with written_aside(path) as aside, open(aside, "wb") as file:
         np.savez(file, **{HEADER: text}, **arrays)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yields where to write a file, which then takes its place, or is deleted."""
+    aside = path.with_suffix(".tmp" + path.suffix)
+    try:
+        yield aside
+        os.replace(aside, path)
+    except BaseException:
+        # What went wrong is to be told, not that this does, too.
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
@@ -76,6 +91,18 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
         return json.loads(arrays.pop(HEADER).tobytes()), arrays
     except Exception as error:
         raise unreadable(path, "a checkpoint", error) from error
+
+
+def check_parts(saved: Any, kinds: dict[str, type]) -> None:
+    """Raises `ValueError` if what JSON held has no parts of these names and types."""
+    for name, kind in kinds.items():
+        if not isinstance(saved, dict) or name not in saved:
+            raise ValueError(f"it has no {name!r}")
+        found = type(saved[name])
+        if found is not kind:
+            raise ValueError(
+                f"its {name!r} is of type {found.__name__}, not {kind.__name__}"
+            )
 
 
 def check_same_run(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
@@ -119,13 +146,27 @@ def restore(state: dict[str, keras.Variable], arrays: dict[str, np.ndarray]) -> 
     Raises:
         CheckpointError: they are those of another model or optimizer.
     """
-    if differences := sorted(state.keys() ^ arrays.keys()):
-        raise CheckpointError(
-            "The checkpoint doesn't fit this model and optimizer: only one of the "
-            f"two has {differences[0]}. Pass --overwrite to start anew."
-        )
+    check_fit(state, arrays)
     for name, variable in state.items():
         variable.assign(arrays[name])
+
+
+def check_fit(state: dict[str, keras.Variable], arrays: dict[str, np.ndarray]) -> None:
+    """Raises `CheckpointError` if saved values aren't those of these variables."""
+    difference = ""
+    if names := sorted(state.keys() ^ arrays.keys()):
+        difference = f"only one of the two has {names[0]}"
+    else:
+        for name, variable in state.items():
+            there, here = arrays[name].shape, tuple(variable.shape)
+            if there != here:
+                difference = f"{name} is of shape {there} there, {here} here"
+                break
+    if difference:
+        raise CheckpointError(
+            f"The checkpoint doesn't fit this model and optimizer: {difference}. "
+            "Pass --overwrite to start anew."
+        )
 
 
 def _by_name(group: str, variables: list[keras.Variable]) -> dict[str, keras.Variable]:

@@ -178,6 +178,7 @@ def train(config: Config, run: Run) -> dict[str, Any]:
     keras.backend.clear_session()
     strategy = make_strategy(config)  # devices can't be split later
     run.devices = Devices(config.strategy, strategy)
+    check_shares(config.batch_size, run.devices)
     keras.config.set_dtype_policy(config.precision)
     # The optimizer checks its arguments itself, before any data is read.
     make_optimizer(config.optimizer, config.learning_rate, config.set)
@@ -192,18 +193,22 @@ def train(config: Config, run: Run) -> dict[str, Any]:
     # here, since preparing the data may have drawn random numbers.
     keras.utils.set_random_seed(config.seed)
     tf.config.experimental.enable_op_determinism()
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output-dir can't be made: {error}") from error
     with strategy.scope():
         model = make_model(config, data, steps_per_epoch)
         if config.overwrite:
             run.clear()
         else:
             run.restore(model)
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output-dir can't be made: {error}") from error
     validation = image_data.validation_batches(data, run.devices.replicas)
-    fit(config, run, model, data, validation)
+    try:
+        fit(config, run, model, data, validation)
+    except preemption.Preempted:
+        run.devices.meet()  # the chief may still be writing the checkpoint
+        raise
     loss, accuracy = model.evaluate(validation, verbose=0)
     measured = {
         "accuracy": accuracy,
@@ -308,19 +313,48 @@ def fit(
         checkpoint.restore(checkpoint.model_state(model), run.best_weights)
 
 
-def make_strategy(config: Config) -> tf.distribute.Strategy:
-    """The strategy of that name; of logical CPU devices where there is no GPU."""
-    on_jax = keras.backend.backend() == "jax"
-    if on_jax != (config.strategy == "data_parallel") and config.strategy != "none":
+def check_backend(backend: str, strategy: str) -> None:
+    """Raises `UsageError` if the recipe has no such strategy on Keras's backend."""
+    if backend not in ("tensorflow", "jax"):
+        # Only on these two is an epoch that was broken off taken up to the same bits.
+        raise UsageError(
+            f"KERAS_BACKEND must be tensorflow or jax. Received: {backend}"
+        )
+    on_jax = backend == "jax"
+    if on_jax != (strategy == "data_parallel") and strategy != "none":
         raise UsageError(
             "With KERAS_BACKEND=jax --strategy is none or data_parallel, with "
             "tensorflow any but the latter. Received: --strategy "
-            f"{config.strategy} with {keras.backend.backend()}"
+            f"{strategy} with {backend}"
         )
-    if on_jax:  # Keras itself shards batches; TensorFlow only feeds them.
+
+
+class DataParallel(keras.distribution.DataParallel):
+    """Keras's, but each device gets the whole of a batch that can't be shared out."""
+
+    def get_data_layout(self, data_shape: Sequence[int]) -> Any:
+        if data_shape[0] % self.device_mesh.devices.size == 0:
+            return super().get_data_layout(data_shape)
+        whole = [None] * len(data_shape)
+        return keras.distribution.TensorLayout(whole, self.device_mesh)
+
+
+def check_shares(batch_size: int, devices: Devices) -> None:
+    """Raises `UsageError` if Keras's data parallelism can't share out a batch."""
+    if devices.name == "data_parallel" and batch_size % devices.replicas:
+        raise UsageError(
+            "With --strategy data_parallel --batch-size must be a multiple of "
+            f"{devices.replicas}, the number of devices. Received: {batch_size}"
+        )
+
+
+def make_strategy(config: Config) -> tf.distribute.Strategy:
+    """The strategy of that name; of logical CPU devices where there is no GPU."""
+    check_backend(keras.backend.backend(), config.strategy)
+    if keras.backend.backend() == "jax":
+        # Keras itself shards batches; TensorFlow only feeds them.
         several = config.strategy == "data_parallel"
-        data_parallel = keras.distribution.DataParallel() if several else None
-        keras.distribution.set_distribution(data_parallel)
+        keras.distribution.set_distribution(DataParallel() if several else None)
         return tf.distribute.get_strategy()
     replicas = config.replicas
     if config.strategy == "mirrored" and not tf.config.list_physical_devices("GPU"):
@@ -376,9 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def last_checkpoint(run: Run | None) -> str:
-    if run is None or not run.checkpoint.exists():
-        return "There is no checkpoint yet."
-    return f"The checkpoint of {run.progress} stands: {run.checkpoint}"
+    return "There is no checkpoint yet." if run is None else run.standing()
 
 
 def report(run: Run, results: dict[str, Any]) -> None:
@@ -394,7 +426,8 @@ def report(run: Run, results: dict[str, Any]) -> None:
         ("checkpoint", run.checkpoint),
         ("TensorBoard", run.logs),
     ):
-        print(f"  {what + ':':<12} {path}")
+        missing = "" if path.exists() else "  (deleted; --overwrite makes it anew)"
+        print(f"  {what + ':':<12} {path}{missing}")
 
 
 if __name__ == "__main__":

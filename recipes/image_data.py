@@ -404,12 +404,15 @@ def validation_batches(
     """Returns the validation images in order, each exactly once.
 
     In equal batches of equal parts for all replicas, if there are such of a fair size.
+    If not, the first batch has no equal parts: Keras lays out all batches on JAX's
+    devices as the first, and the last, smaller one needn't have such parts.
     """
     count = len(data.validation_images)
     largest = min(count, largest_batch)
     sizes = range(largest, largest // 2, -1)
     equal = (n for n in sizes if count % n == n % replicas == 0)
-    batch_size = next(equal, largest)
+    unequal = (n for n in sizes if n % replicas)
+    batch_size = next(equal, next(unequal, largest))
     pairs = (data.validation_images, data.validation_labels)
     return tf.data.Dataset.from_tensor_slices(pairs).batch(batch_size).prefetch(2)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import platform
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import tensorflow_datasets as tfds
 
 import tf_effopt
 from recipes import checkpoint
+from recipes.command_line import UsageError
 from recipes.preemption import Preempted
 
 
@@ -74,6 +77,23 @@ class Devices:
         # Equal exactly where all numbers are (Cauchy and Schwarz).
         return total**2 == squares * self.replicas
 
+    def meet(self) -> None:
+        """Waits until all workers are here."""
+        self.agree_on(0)
+
+
+# What is read of an epoch's record, and of a finished run's results.
+RECORD = {"epoch": int} | dict.fromkeys(
+    ("loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds"), float
+)
+RESULTS = {
+    "configuration": dict,
+    "accuracy": float,
+    "validation_examples": int,
+    "steps": int,
+    "seconds": float,
+}
+
 
 @dataclasses.dataclass
 class Progress:
@@ -92,6 +112,21 @@ class Progress:
     best: float = -1.0
     waited: int = 0
     stopped: bool = False
+
+    @classmethod
+    def read(cls, saved: Any) -> Progress:
+        """Returns what a checkpoint's header holds.
+
+        Raises:
+            ValueError: it is that of another program, or of another version.
+        """
+        kinds = {name: type(x) for name, x in dataclasses.asdict(cls()).items()}
+        checkpoint.check_parts(saved, kinds)
+        for record in saved["history"]:
+            checkpoint.check_parts(record, RECORD)
+        if unknown := sorted(saved.keys() - kinds.keys()):
+            raise ValueError(f"its progress has an unknown part {unknown[0]!r}")
+        return cls(**saved)
 
     def __str__(self) -> str:
         more = f" and {self.batches} batches" if self.batches else ""
@@ -129,25 +164,71 @@ class Run:
         return self.epochs < epochs and not self.progress.stopped
 
     def clear(self) -> None:
-        """Deletes what a run writes, and nothing else."""
+        """Deletes the files that a run writes, and nothing else.
+
+        Raises:
+            UsageError: one of them can't be deleted.
+        """
         if not self.devices.is_chief:
             return
         for path in (self.metrics, self.checkpoint, self.curves, self.model):
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise UsageError(
+                    f"--overwrite can't delete {path} ({error.strerror}). Move it "
+                    "away, or pass another --output-dir."
+                ) from error
 
     def finished(self) -> dict[str, Any] | None:
-        """The results, if this run is through: they are written last."""
+        """The results, if this run is through: they are written last.
+
+        None, too, if the model or the curves were deleted since then and there is the
+        checkpoint to make them from.
+        """
         if not self.metrics.exists():
             return None
         try:
             results = json.loads(self.metrics.read_text())
-            configuration = dict(results["configuration"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            checkpoint.check_parts(results, RESULTS)
+        except (OSError, ValueError) as error:
             raise checkpoint.unreadable(
                 self.metrics, "the results of a run", error
             ) from error
-        checkpoint.check_same_run(self.metrics, configuration, self.configuration)
-        return results
+        checkpoint.check_same_run(
+            self.metrics, results["configuration"], self.configuration
+        )
+        whole = self.model.exists() and self.curves.exists()
+        return results if whole or not self.checkpoint.exists() else None
+
+    def standing(self) -> str:
+        """Says what the checkpoint's file holds.
+
+        Which may be less than `progress`: a write may have been broken off, or another
+        worker's, and before `restore` the file may hold more.
+        """
+        try:
+            saved = self._read()
+        except checkpoint.CheckpointError as error:
+            return str(error)
+        if saved is None:
+            return "There is no checkpoint yet."
+        return f"The checkpoint of {saved[1]} stands: {self.checkpoint}"
+
+    def _read(self) -> tuple[dict[str, Any], Progress, dict[str, np.ndarray]] | None:
+        """Returns the checkpoint's configuration, progress and arrays."""
+        saved = checkpoint.read(self.checkpoint)
+        if saved is None:
+            return None
+        header, arrays = saved
+        try:
+            checkpoint.check_parts(header, {"configuration": dict, "progress": dict})
+            progress = Progress.read(header["progress"])
+        except ValueError as error:
+            raise checkpoint.unreadable(
+                self.checkpoint, "a checkpoint", error
+            ) from error
+        return header["configuration"], progress, arrays
 
     def restore(self, model: keras.Model) -> None:
         """Takes up what the checkpoint holds, if there is one."""
@@ -158,14 +239,11 @@ class Run:
                 "network disk. Received: --output-dir on this worker with "
                 f"{self.checkpoint.name if self.checkpoint.exists() else 'none'}."
             )
-        saved = checkpoint.read(self.checkpoint)
+        saved = self._read()
         if saved is None:
             return
-        header, arrays = saved
-        checkpoint.check_same_run(
-            self.checkpoint, header["configuration"], self.configuration
-        )
-        self.progress = Progress(**header["progress"])
+        configuration, self.progress, arrays = saved
+        checkpoint.check_same_run(self.checkpoint, configuration, self.configuration)
         self.best_weights = _taken(arrays, "best/")
         self.metrics_so_far = _taken(arrays, "metrics/")
         checkpoint.restore(checkpoint.training_state(model), arrays)
@@ -182,7 +260,8 @@ class Run:
         if self.progress.batches:
             arrays |= checkpoint.values(checkpoint.metrics_state(model))
         if self.devices.is_chief:
-            checkpoint.write(self.checkpoint, header, arrays)
+            with writing(self.checkpoint):
+                checkpoint.write(self.checkpoint, header, arrays)
 
     def take_up_saved(self, model: keras.Model) -> None:
         """Takes up what was saved last, from memory: it may not be on disk yet."""
@@ -208,14 +287,28 @@ class Run:
         }
         if not self.devices.is_chief:
             return results
-        aside = self.folder / "model.tmp.keras"
-        model.save(aside)
-        os.replace(aside, self.model)
-        plot(history, self.curves)
-        aside = self.folder / "metrics.json.tmp"
-        aside.write_text(json.dumps(results, indent=2))
-        os.replace(aside, self.metrics)
+        for path, write in (
+            (self.model, model.save),
+            (self.curves, lambda aside: plot(history, aside)),
+            (self.metrics, lambda x: x.write_text(json.dumps(results, indent=2))),
+        ):
+            with writing(path), checkpoint.written_aside(path) as aside:
+                write(aside)
         return results
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, an error is that of writing a file: there is no space, say."""
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as error:
+        # TensorFlow says around it which of its operations this was.
+        why = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", str(error))
+        raise TrainingFailed(
+            f"{path} can't be written ({why}). Mend that, and run the same command "
+            "again to go on."
+        ) from error
 
 
 class Saving(keras.callbacks.Callback):
@@ -237,7 +330,9 @@ class Saving(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         if self.run.devices.is_chief:
-            self.curves = TensorBoardCurves(self.run.logs, self.run.progress.history)
+            with writing(self.run.logs):
+                history = self.run.progress.history
+                self.curves = TensorBoardCurves(self.run.logs, history)
         self.started = time.perf_counter()
         self.before = self.run.progress.batches
 
@@ -247,8 +342,10 @@ class Saving(keras.callbacks.Callback):
         if self.run.metrics_so_far:
             _sync(self.model)
             state = checkpoint.metrics_state(self.model)
-            for name, value in self.run.metrics_so_far.items():
-                self._add(state[f"metrics/{name}"], value)
+            so_far = {f"metrics/{k}": v for k, v in self.run.metrics_so_far.items()}
+            checkpoint.check_fit(state, so_far)
+            for name, value in so_far.items():
+                self._add(state[name], value)
             self.run.metrics_so_far = {}
         self.ends = self.ends or self.is_time_to_save()
         if self.ends and batch + 1 < self.params["steps"]:
@@ -285,7 +382,8 @@ class Saving(keras.callbacks.Callback):
             self._stop_early(self.run.progress, record["val_accuracy"])
         self.run.save(self.model)
         if self.run.devices.is_chief:
-            self.curves.add(record)
+            with writing(self.run.logs):
+                self.curves.add(record)
         if self.ends:
             raise Preempted
 

@@ -101,7 +101,7 @@ def killed(
     workers: int = 1,
 ) -> bool:
     """Starts the recipe and kills it; returns whether a write was cut off."""
-    checkpoint, aside = folder / "checkpoint.npz", folder / "checkpoint.npz.tmp"
+    checkpoint, aside = folder / "checkpoint.npz", folder / "checkpoint.tmp.npz"
     aside.unlink(missing_ok=True)
     process = start(folder, options, workers)
     try:

@@ -1,17 +1,21 @@
 """The image-classification recipe: it trains, resumes, and says what is wrong."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
+import keras
 import numpy as np
 import pytest
 import resume_kills
@@ -21,7 +25,13 @@ import tensorflow_datasets as tfds
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from recipes import checkpoint, command_line, image_data
+from recipes import (
+    checkpoint,
+    command_line,
+    image_classification,
+    image_data,
+    image_run,
+)
 
 TIME_LIMIT = 300
 SHORT = ["--epochs", "1", "--batch-size", "700"]  # two steps of digits
@@ -185,6 +195,7 @@ def short_runs(tmp_path_factory, data_dir):
     runs = [run(name, "--optimizer", name, "--model", "mlp") for name in names]
     ema = ["--model", "mlp", "--set", "use_ema=true", "--set", "ema_momentum=0.5"]
     ema += ["--early-stopping", "1"]
+    remade = str(folder / "average" / "model.keras")
     runs += [
         run("cnn", "--schedule", "constant", "--warmup", "0", "--seed", "3"),
         run("resnet", "--model", "resnet", "--precision", "mixed_bfloat16"),
@@ -199,6 +210,7 @@ def short_runs(tmp_path_factory, data_dir):
         ["ended", run("average", *ema)[1], str(folder / "average" / "metrics.json")],
         ["other", run("average", *ema, "--seed", "9")[1]],
         ["anew", run("average", *ema, "--seed", "9", "--overwrite")[1]],
+        ["whole", run("average", *ema, "--seed", "9")[1], remade],
         run("diverges", "--learning-rate", "1e38", "--optimizer", "SGD"),
     ]
     results = run_many(runs, data_dir)
@@ -237,6 +249,10 @@ def test_a_finished_run_says_so_and_another_configuration_is_refused(short_runs)
     code, _, err = results["other"]
     assert code == 2 and "seed: 0 there, 9 here" in err and "--overwrite" in err
     assert results["anew"][0] == 0
+    # What was deleted since then is made anew, without training.
+    code, out, _ = results["whole"]
+    assert code == 0 and out.splitlines()[1:] == results["anew"][1].splitlines()[1:]
+    assert (short_runs[1] / "average" / "model.keras").exists()
 
 
 def test_a_run_that_diverges_says_so(short_runs):
@@ -285,6 +301,45 @@ def test_on_jax_two_devices_train_as_one_does(tmp_path, data_dir):
         assert metrics["replicas"] == devices
         losses.append([epoch["loss"] for epoch in metrics["history"]])
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
+
+
+@pytest.mark.slow
+def test_on_jax_devices_evaluate_what_they_cannot_share(tmp_path, data_dir):
+    """360 validation images on 16 devices; --batch-size has to be a multiple."""
+    folder = tmp_path / "run"
+    recipe = "recipes/image_classification.py"
+    options = ["--model", "mlp", "--epochs", "1", "--strategy", "data_parallel"]
+    for batch_size in (40, 32):
+        process = subprocess.run(
+            [sys.executable, recipe, *options, "--output-dir", str(folder)]
+            + ["--batch-size", str(batch_size)],
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "KERAS_BACKEND": "jax",
+                "TFDS_DATA_DIR": str(data_dir),
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=16",
+            },
+            timeout=TIME_LIMIT,
+        )
+        if batch_size == 40:
+            assert process.returncode == 2
+            assert "--batch-size must be a multiple of 16" in process.stderr
+            assert not folder.exists()
+    assert process.returncode == 0, process.stderr
+    results = json.loads((folder / "metrics.json").read_text())
+    assert results["replicas"] == 16
+    # On one device, by Keras without a distribution.
+    model = keras.models.load_model(folder / "model.keras")
+    data = image_data.load("digits", str(data_dir), None)
+    loss, accuracy = model.evaluate(
+        data.validation_images, data.validation_labels, batch_size=360, verbose=0
+    )
+    assert results["accuracy"] == pytest.approx(accuracy, rel=1e-6)
+    assert results["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 # ------------------------------------------------------------------ bad input
@@ -353,9 +408,17 @@ BAD_INPUT = {
     ),
     "folder": (
         ["--output-dir", "{nested}"],
-        ["can't be read as a checkpoint", "--overwrite"],
+        ["checkpoint.npz can't be read as a checkpoint", "directory", "Move it away."],
+    ),
+    "folder anew": (
+        ["--overwrite", "--output-dir", "{nested}"],
+        ["--overwrite can't delete {nested}", "Move it away", "--output-dir"],
     ),
     "output": (["--output-dir", "{file}"], ["--output-dir"]),
+    "output anew": (
+        ["--overwrite", "--output-dir", "{file}/sub"],
+        ["--output-dir can't be made", "Not a directory"],
+    ),
 }
 
 
@@ -400,6 +463,33 @@ def test_bad_input_is_named_and_mended(bad_runs, name):
     assert err.startswith("image_classification: error: ") and err.count("\n") == 1
     for expected in fill(BAD_INPUT[name][1]):
         assert expected.lower() in err.lower(), (expected, err)
+
+
+@pytest.mark.parametrize("strategy", ["none", "mirrored", "data_parallel"])
+def test_other_backends_are_refused(strategy):
+    with pytest.raises(command_line.UsageError, match="tensorflow or jax.*torch"):
+        image_classification.check_backend("torch", strategy)
+
+
+def test_each_backend_has_its_strategies():
+    for backend, strategy in (
+        *(("jax", "none"), ("jax", "data_parallel")),
+        *(("tensorflow", "none"), ("tensorflow", "mirrored")),
+    ):
+        image_classification.check_backend(backend, strategy)
+    for backend, strategy in (("jax", "mirrored"), ("tensorflow", "data_parallel")):
+        with pytest.raises(command_line.UsageError, match=f"{strategy} with {backend}"):
+            image_classification.check_backend(backend, strategy)
+
+
+def test_devices_that_cannot_share_a_batch_are_refused():
+    devices = mock.Mock(replicas=3)
+    devices.name = "data_parallel"
+    image_classification.check_shares(33, devices)
+    with pytest.raises(command_line.UsageError, match="multiple of 3.*Received: 32"):
+        image_classification.check_shares(32, devices)
+    devices.name = "mirrored"  # whose replicas may get unequal parts
+    image_classification.check_shares(32, devices)
 
 
 def test_a_dead_network_is_noticed_within_seconds(tmp_path):
@@ -480,9 +570,11 @@ def test_sigterm_saves_within_an_epoch_and_the_bits_are_the_same(
     options = ["--epochs", "8", "--data-dir", str(data_dir)]
     resume_kills.complete(tmp_path / "smooth", options, workers)
     said = interrupted(tmp_path / "rough", options, workers, checkpoints=2)
-    assert len(re.findall("Ended by SIGTERM. The checkpoint of epoch", said)) == workers
     header, _ = checkpoint.read(tmp_path / "rough" / "checkpoint.npz")
     assert header["progress"]["batches"] > 0
+    progress = image_run.Progress(**header["progress"])
+    ended = re.findall("Ended by SIGTERM. The checkpoint of (.*) stands", said)
+    assert ended == [str(progress)] * workers
     resume_kills.complete(tmp_path / "rough", options, workers)
     different = resume_kills.differences(tmp_path / "smooth", tmp_path / "rough")
     if workers > 1:  # The logged loss is summed up in another order.
@@ -523,6 +615,174 @@ def test_a_checkpoint_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     checkpoint.write(path, {"epoch": 2}, {"w": np.zeros(3)})
     assert checkpoint.read(path)[0] == {"epoch": 2}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def small_model():
+    # Named, since others would be numbered from one model to the next.
+    dense = keras.layers.Dense(1, name="dense")
+    model = keras.Sequential([keras.Input((2,)), dense], name="small")
+    model.compile(optimizer=keras.optimizers.SGD(name="sgd"), loss="mse")
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+RECORD = {
+    "epoch": 1,
+    "learning_rate": 0.1,
+    "seconds": 1.0,
+    **dict.fromkeys(("loss", "accuracy", "val_loss", "val_accuracy"), 0.5),
+}
+
+
+def test_what_stands_is_what_the_file_holds(tmp_path, monkeypatch):
+    run = image_run.Run(tmp_path, {})
+    assert image_classification.last_checkpoint(run) == "There is no checkpoint yet."
+    run.progress.history.append(RECORD)
+    run.save(small_model())
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    run.progress.history.append(RECORD)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.os, "fsync", interrupt)
+        run.save(small_model())
+    assert "The checkpoint of epoch 1 stands" in run.standing()
+    # Before it is read, too: while the data are loaded.
+    assert image_run.Run(tmp_path, {}).standing() == run.standing()
+    run.progress.batches = 3
+    run.save(small_model())
+    said = image_classification.last_checkpoint(run)
+    assert said.startswith("The checkpoint of epoch 2 and 3 batches stands: ")
+    run.checkpoint.write_bytes(b"PK")
+    assert "can't be read as a checkpoint" in run.standing()
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """As on a disk that is full: what is longer can't be written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_space_for_a_checkpoint_leaves_the_one_before(tmp_path):
+    run = image_run.Run(tmp_path, {})
+    run.progress.history.append(RECORD)
+    run.save(small_model())
+    run.progress.history.append(RECORD)
+    with file_size_limit(100), pytest.raises(image_run.TrainingFailed) as caught:
+        run.save(small_model())
+    assert f"{run.checkpoint} can't be written" in str(caught.value)
+    assert "File too large" in str(caught.value)
+    assert "checkpoint of epoch 1 stands" in run.standing()
+    assert list(tmp_path.iterdir()) == [run.checkpoint]
+
+
+@pytest.mark.parametrize("name", ["model.keras", "curves.png", "metrics.json"])
+def test_no_space_for_results_leaves_no_half_file(tmp_path, name, monkeypatch):
+    run = image_run.Run(tmp_path, {})
+    run.progress.history.append(RECORD)
+    model = small_model()
+
+    if name != "model.keras":
+        monkeypatch.setattr(model, "save", lambda path: path.write_text("x"))
+    if name == "metrics.json":
+        monkeypatch.setattr(image_run, "plot", lambda _, path: path.write_text("x"))
+    with file_size_limit(100), pytest.raises(image_run.TrainingFailed) as caught:
+        run.write_results(model, {"accuracy": 0.5})
+    assert f"{tmp_path / name} can't be written" in str(caught.value)
+    assert not list(tmp_path.glob("*.tmp*")) and not (tmp_path / name).exists()
+
+
+def test_curves_that_cannot_be_written_are_named(tmp_path):
+    run = image_run.Run(tmp_path, {})
+    run.logs.write_text("not a folder")
+    with pytest.raises(image_run.TrainingFailed, match=r"is not a directory\)"):
+        image_run.Saving(run, None, lambda: False).on_train_begin()
+
+
+NOT_WHOLE = {
+    "no configuration": lambda header: header.pop("configuration"),
+    "no progress": lambda header: header.pop("progress"),
+    "configuration": lambda header: header.update(configuration=5),
+    "another version": lambda header: header["progress"].update(more=1),
+    "an older version": lambda header: header["progress"].pop("waited"),
+    "history": lambda header: header["progress"].update(history=5),
+    "records": lambda header: header["progress"].update(history=[{"epoch": 1}]),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory):
+    """A checkpoint's header and arrays."""
+    run = image_run.Run(tmp_path_factory.mktemp("saved"), {"seed": 1})
+    run.progress.history.append(RECORD)
+    run.save(small_model())
+    return checkpoint.read(run.checkpoint)
+
+
+@pytest.mark.parametrize("name", [None, "a list", *NOT_WHOLE])
+def test_a_header_that_is_not_whole_is_no_checkpoint(tmp_path, saved_run, name):
+    header, arrays = copy.deepcopy(saved_run)
+    if name in NOT_WHOLE:
+        NOT_WHOLE[name](header)
+    run = image_run.Run(tmp_path, {"seed": 1})
+    checkpoint.write(run.checkpoint, [1] if name == "a list" else header, arrays)
+    if name is None:
+        run.restore(small_model())
+        assert run.epochs == 1
+        return
+    with pytest.raises(checkpoint.CheckpointError, match="can't be read.*--overwrite"):
+        run.restore(small_model())
+    assert "can't be read" in run.standing()
+
+
+def test_arrays_of_another_shape_are_named(tmp_path, saved_run):
+    header, arrays = copy.deepcopy(saved_run)
+    kernel = next(name for name in arrays if name.endswith("kernel"))
+    arrays[kernel] = np.arange(200.0)
+    run = image_run.Run(tmp_path, {"seed": 1})
+    checkpoint.write(run.checkpoint, header, arrays)
+    expected = rf"{kernel} is of shape \(200,\) there, \(2, 1\) here.*--overwrite"
+    with pytest.raises(checkpoint.CheckpointError, match=expected) as caught:
+        run.restore(small_model())
+    assert len(str(caught.value)) < 250
+
+
+def test_sums_of_an_epoch_that_are_not_whole_are_refused(tmp_path):
+    run = image_run.Run(tmp_path, {})
+    run.metrics_so_far = {"000/loss": np.zeros(())}
+    saving = image_run.Saving(run, None, lambda: False)
+    saving.set_model(small_model())
+    with pytest.raises(checkpoint.CheckpointError, match="only one of the two has"):
+        saving.on_train_batch_end(0)
+
+
+def test_results_that_are_not_whole_are_refused(tmp_path, capsys):
+    run = image_run.Run(tmp_path, {"seed": 1})
+    results = {"configuration": {"seed": 1}, "accuracy": 0.5, "seconds": 1.0}
+    results |= {"validation_examples": 360, "steps": 2}
+    run.metrics.write_text(json.dumps(results))
+    # A finished run keeps its results; what was deleted is named.
+    assert run.finished() == results
+    image_classification.report(run, results)
+    assert f"{run.model}  (deleted" in capsys.readouterr().out
+    # But it is made from the checkpoint, where there is one.
+    run.checkpoint.touch()
+    assert run.finished() is None
+    for name in results:
+        less = {k: v for k, v in results.items() if k != name}
+        run.metrics.write_text(json.dumps(less))
+        with pytest.raises(checkpoint.CheckpointError, match=f"no '{name}'"):
+            run.finished()
+    for text in ("[]", "5", '{"configuration": 5}'):
+        run.metrics.write_text(text)
+        with pytest.raises(checkpoint.CheckpointError, match="can't be read"):
+            run.finished()
 
 
 # ---------------------------------------------------------------------- data
@@ -581,7 +841,9 @@ def test_augmentation_shifts_and_mirrors(images):
         (36, 3, [9] * 4),
         (36, 4, [10, 10, 10, 6]),  # 4 * 9 would be parts of a fraction
         (32, 4, [8] * 4),
-        (37, 2, [10, 10, 10, 7]),
+        (37, 1, [10, 10, 10, 7]),
+        (37, 2, [9, 9, 9, 9, 1]),  # as a whole for each device of JAX
+        (8, 3, [8]),
         (8, 2, [8]),
     ],
 )
