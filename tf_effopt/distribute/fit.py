@@ -64,6 +64,8 @@ def prepare(model: keras.Model) -> keras.Model:
       for integers, also if its loss isn't a number. It has no part in moments of
       `BatchNormalization`. (With Keras, convolutions and moments fail there.) Batches
       of `SparseTensor` have to be at least as large as there are replicas.
+    - Under a mask Keras's `BatchNormalization(synchronized=True)` isn't synchronized:
+      that stays so.
     - Metrics are those of all examples, if their state adds up, as that of Keras's
       does; a metric function that returns a scalar is taken for a mean. (Keras takes
       the mean of the replicas' results, which is wrong for those that aren't means,
