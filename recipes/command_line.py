@@ -84,15 +84,7 @@ def flag(field: str) -> str:
 
 def optimizers() -> dict[str, type[keras.optimizers.Optimizer]]:
     """The public optimizers of tf_effopt that train a model by themselves."""
-    public = {name: getattr(tf_effopt, name) for name in tf_effopt.__all__}
-    no_rule = (tf_effopt.Optimizer, tf_effopt.LossScaleOptimizer)
-    return {
-        name: value
-        for name, value in public.items()
-        if isinstance(value, type)
-        and issubclass(value, keras.optimizers.Optimizer)
-        and value not in no_rule
-    }
+    return {name: getattr(tf_effopt, name) for name in tf_effopt.optimizers.__all__}
 
 
 def optimizer_class(name: str) -> type[keras.optimizers.Optimizer]:

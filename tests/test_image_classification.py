@@ -278,25 +278,33 @@ def test_mirrored_replicas_train(tmp_path, data_dir, precision):
     assert "finished already" in results["again"][1]
 
 
+def run_on_jax(folder, data_dir, devices, *options):
+    """The recipe on some of a CPU's logical devices."""
+    return subprocess.run(
+        [sys.executable, "recipes/image_classification.py", *options]
+        + ["--output-dir", str(folder)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "KERAS_BACKEND": "jax",
+            "TFDS_DATA_DIR": str(data_dir),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        },
+        timeout=TIME_LIMIT,
+    )
+
+
 @pytest.mark.slow
 def test_on_jax_two_devices_train_as_one_does(tmp_path, data_dir):
     losses = []
     for strategy, devices in (("none", 1), ("data_parallel", 2)):
         folder = tmp_path / strategy
-        subprocess.run(
-            [sys.executable, "recipes/image_classification.py", "--epochs", "2"]
-            + ["--strategy", strategy, "--output-dir", str(folder)],
-            check=True,
-            capture_output=True,
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "KERAS_BACKEND": "jax",
-                "TFDS_DATA_DIR": str(data_dir),
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            },
-            timeout=TIME_LIMIT,
-        )
+        options = ["--epochs", "2", "--strategy", strategy]
+        process = run_on_jax(folder, data_dir, devices, *options)
+        assert process.returncode == 0, process.stderr
         metrics = json.loads((folder / "metrics.json").read_text())
         assert metrics["replicas"] == devices
         losses.append([epoch["loss"] for epoch in metrics["history"]])
@@ -307,28 +315,12 @@ def test_on_jax_two_devices_train_as_one_does(tmp_path, data_dir):
 def test_on_jax_devices_evaluate_what_they_cannot_share(tmp_path, data_dir):
     """360 validation images on 16 devices; --batch-size has to be a multiple."""
     folder = tmp_path / "run"
-    recipe = "recipes/image_classification.py"
     options = ["--model", "mlp", "--epochs", "1", "--strategy", "data_parallel"]
-    for batch_size in (40, 32):
-        process = subprocess.run(
-            [sys.executable, recipe, *options, "--output-dir", str(folder)]
-            + ["--batch-size", str(batch_size)],
-            check=False,
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "KERAS_BACKEND": "jax",
-                "TFDS_DATA_DIR": str(data_dir),
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=16",
-            },
-            timeout=TIME_LIMIT,
-        )
-        if batch_size == 40:
-            assert process.returncode == 2
-            assert "--batch-size must be a multiple of 16" in process.stderr
-            assert not folder.exists()
+    process = run_on_jax(folder, data_dir, 16, *options, "--batch-size", "40")
+    assert process.returncode == 2
+    assert "--batch-size must be a multiple of 16" in process.stderr
+    assert not folder.exists()
+    process = run_on_jax(folder, data_dir, 16, *options, "--batch-size", "32")
     assert process.returncode == 0, process.stderr
     results = json.loads((folder / "metrics.json").read_text())
     assert results["replicas"] == 16

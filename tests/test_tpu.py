@@ -361,10 +361,9 @@ def test_a_folder_is_no_file_to_write_to(option, tmp_path, compiled, capsys):
 
 
 def test_every_optimizer_with_a_name_can_be_made(compiled, capsys):
-    from tf_effopt.tpu.__main__ import _optimizers
-
-    assert main(["--model", "test_tpu:small", "--optimizer", *_optimizers()]) == 0
-    assert compiled == list(_optimizers())
+    names = tf_effopt.optimizers.__all__
+    assert main(["--model", "test_tpu:small", "--optimizer", *names]) == 0
+    assert compiled == names
     assert {cls.__name__ for cls in OPTIMIZERS} == set(compiled)
 
 

@@ -531,15 +531,14 @@ def on_batch(case):
         tf_effopt.distribute.prepare(model)
         found = [model.train_on_batch(X[:n], binary[:n]) for n in (16, 15, 1)]
         found.append(model.test_on_batch(X[:15], binary[:15]))
-        name = loss.reduction
-        case.save(model, **{f"{name}": found})
-        case.found[f"logs/{name}/predicted"] = model.predict_on_batch(X[:15])
+        case.save(model, **{loss.reduction: found})
+        case.found[f"logs/{loss.reduction}/predicted"] = model.predict_on_batch(X[:15])
 
 
 def files(case):
     """Each worker takes its part of a batch, not some of the files."""
-    folder = tempfile.mkdtemp()
-    paths = [os.path.join(folder, name) for name in "ab"]
+    folder = tempfile.TemporaryDirectory()
+    paths = [os.path.join(folder.name, name) for name in "ab"]
     for path, rows in zip(paths, (range(40), range(40, ROWS)), strict=True):
         Path(path).write_text("\n".join(map(str, rows)))
 

@@ -29,18 +29,6 @@ from recipes import image_data, image_models
 BATCH_SIZE, EPOCHS = 64, 30
 
 
-def public_optimizers() -> list[str]:
-    """The names of the optimizers in `tf_effopt`."""
-    public = {name: getattr(tf_effopt, name) for name in tf_effopt.__all__}
-    return [
-        name
-        for name, value in public.items()
-        if isinstance(value, type)
-        and issubclass(value, tf_effopt.Optimizer)
-        and value is not tf_effopt.Optimizer
-    ]
-
-
 def accuracy(name: str, seed: int, data: image_data.ImageData) -> float:
     """The validation accuracy of one training, in percent."""
     keras.utils.set_random_seed(seed)
@@ -65,7 +53,7 @@ def accuracy(name: str, seed: int, data: image_data.ImageData) -> float:
 
 def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    names = public_optimizers()
+    names = tf_effopt.optimizers.__all__
     parser.add_argument("--optimizer", nargs="+", choices=names, default=names)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each")
     arguments = parser.parse_args(argv)

@@ -71,18 +71,12 @@ def all_cases() -> dict[str, Case]:
     """Name -> case: the public optimizers with their defaults, and variants."""
     import tf_effopt
 
-    public = {name: getattr(tf_effopt, name) for name in tf_effopt.__all__}
-    rules = [
-        name
-        for name, value in public.items()
-        if isinstance(value, type)
-        and issubclass(value, tf_effopt.Optimizer)
-        and value is not tf_effopt.Optimizer
-    ]
+    rules = tf_effopt.optimizers.__all__
     settings = {name.lower(): (name, name, {}) for name in rules} | VARIANTS
     cases = [
-        Case(name, title, rule, arguments, public[rule](**arguments).get_config())
+        Case(name, title, rule, arguments, make(**arguments).get_config())
         for name, (title, rule, arguments) in settings.items()
+        for make in [getattr(tf_effopt, rule)]
     ]
     # A variant comes after the optimizer it is one of.
     cases.sort(key=lambda case: rules.index(case.rule))

@@ -29,6 +29,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 
 import tf_effopt
+from tf_effopt import optimizers
 from tf_effopt.arguments import did_you_mean
 from tf_effopt.tpu import compiler, report
 from tf_effopt.tpu.steps import compile_train_step, compile_update
@@ -155,15 +156,14 @@ def _named(name: str) -> Callable[[], keras.Model]:
     sys.path.insert(0, os.getcwd())
     try:
         found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise ModelFailed from error  # one that the user's module imports
+        raise ValueError(
+            f"{error}: it is looked for in {os.getcwd()} and among what is "
+            f"installed. Received: --model {name}"
+        ) from error
     except (Exception, SystemExit) as error:
-        missing = getattr(error, "name", None) or " "
-        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(
-            f"{missing}."
-        ):
-            raise ValueError(
-                f"{error}: it is looked for in {os.getcwd()} and among what is "
-                f"installed. Received: --model {name}"
-            ) from error
         raise ModelFailed from error
     functions = {n: value for n, value in vars(found).items() if callable(value)}
     if function not in functions:
@@ -174,26 +174,14 @@ def _named(name: str) -> Callable[[], keras.Model]:
     return functions[function]
 
 
-def _optimizers() -> dict[str, type[tf_effopt.Optimizer]]:
-    """The public ones that can be made without arguments, by their names."""
-    public = {name: getattr(tf_effopt, name) for name in tf_effopt.__all__}
-    return {
-        name: cls
-        for name, cls in public.items()
-        if isinstance(cls, type)
-        and issubclass(cls, tf_effopt.Optimizer)
-        and cls is not tf_effopt.Optimizer
-    }
-
-
 def _optimizer(name: str) -> type[tf_effopt.Optimizer]:
-    known = _optimizers()
+    known = optimizers.__all__  # all can be made without arguments
     if name not in known:
         raise ValueError(
             f"tf_effopt has no optimizer {name!r} that can be made without arguments."
             f"{did_you_mean(name, known)} It has: {', '.join(known)}."
         )
-    return known[name]
+    return getattr(optimizers, name)
 
 
 def _with_optimizer(
