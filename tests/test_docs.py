@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import inspect
 import pathlib
 import pkgutil
 import re
 
+import keras
 import pytest
 
 import tf_effopt
@@ -97,7 +99,11 @@ def test_the_private_names_leaned_on_exist():
 
 @pytest.mark.parametrize(
     "path",
-    [*ROOT.glob("*.md"), *(ROOT / "recipes").rglob("*.md")],
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "recipes").rglob("*.md"),
+    ],
     ids=lambda path: path.name,
 )
 def test_links_lead_somewhere(path):
@@ -112,3 +118,33 @@ def test_the_readme_names_tests_that_exist():
     assert len(named) >= 9
     for test, path in named:
         assert f"def {test}(" in (ROOT / path).read_text(), f"{test} in {path}"
+
+
+def test_the_table_of_optimizers_has_their_arguments_in_their_order():
+    text = (ROOT / "docs" / "optimizers.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)\((.*?)\)`", text, re.MULTILINE))
+    assert sorted(rows) == sorted(tf_effopt.optimizers.__all__)
+    for name, shown in rows.items():
+        signature = inspect.signature(getattr(tf_effopt, name))
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        expected = [(p.name, p.default, p.kind is p.KEYWORD_ONLY) for p in own]
+        listed = shown.removesuffix(", ...")
+        function = ast.parse(f"lambda {listed}: 0", mode="eval").body.args
+        found = [
+            (argument.arg, ast.literal_eval(default), is_keyword_only)
+            for arguments, defaults, is_keyword_only in (
+                (function.args, function.defaults, False),
+                (function.kwonlyargs, function.kw_defaults, True),
+            )
+            for argument, default in zip(arguments, defaults, strict=True)
+        ]
+        if listed != shown:
+            assert len(found) < len(expected), name
+            expected = expected[: len(found)]
+        assert found == expected, name
+
+
+@pytest.mark.parametrize("name", tf_effopt.optimizers.__all__)
+def test_every_optimizer_has_a_string_name(name):
+    made = keras.optimizers.get(f"tf_effopt>{name}")
+    assert type(made) is getattr(tf_effopt, name)

@@ -1,4 +1,4 @@
-"""Optimizers for Keras 3 that are right, compiled and distributed.
+"""Optimizers for Keras 3 that are correct, compiled and distributed.
 
 >>> import keras, tf_effopt
 >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
