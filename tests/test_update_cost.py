@@ -6,6 +6,7 @@ import collections
 import importlib.util
 import json
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 pytest.importorskip("tensorflow")
 pytest.importorskip("matplotlib")
 
-RECIPES = pathlib.Path(__file__).parents[1] / "recipes" / "benchmarks"
+ROOT = pathlib.Path(__file__).parents[1]
+RECIPES = ROOT / "recipes" / "benchmarks"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -204,6 +206,133 @@ def test_a_run_without_competitors(monkeypatch):
     [result] = update_cost.measure_workload(workload, cases, 1, copy, {})
     errors = {entry["error"] for entry in result["competitors"].values()}
     assert errors == {"not installed"}
+
+
+# ------------------------------------------------------------- another version
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A checkout of another version, which has another number and no AdamW."""
+    checkout = tmp_path_factory.mktemp("other")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "tf_effopt", checkout / "tf_effopt", ignore=ignored)
+    with (checkout / "tf_effopt" / "__init__.py").open("a") as file:
+        file.write('\n__version__ = "0.0.7"\ndel AdamW\n')
+    return checkout
+
+
+@pytest.fixture(scope="module")
+def compared(other, tmp_path_factory):
+    import against
+    import update_cost
+
+    directory = tmp_path_factory.mktemp("compared")
+    argv = ["--quick", "--repeats", "2", "--output-dir", str(directory)]
+    argv += ["--workload", "resnet50", "--optimizer", "momentum", "adamw"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(against, "PROCESSES", 1)
+        return update_cost.main([*argv, "--against", str(other)]), directory
+
+
+def test_both_versions_run_in_blocks(compared, other):
+    results, _ = compared
+    sides = results["software"]
+    assert sides["other"]["versions"]["tf_effopt"] == "0.0.7"
+    assert pathlib.Path(sides["other"]["tf_effopt_file"]).is_relative_to(other)
+    assert pathlib.Path(sides["this"]["tf_effopt_file"]).is_relative_to(ROOT)
+    ran = [r for r in results["results"] if "error" not in r]
+    assert [(r["optimizer"], r["way"]) for r in ran] == [
+        ("momentum", "graph"),
+        ("momentum", "eager"),
+    ]
+    for result in ran:
+        for side in ("this", "other"):
+            assert [len(block) for block in result[side]["blocks"]] == [5, 5]
+            assert len(result[side]["first_call_seconds"]) == 1
+            assert result[side]["state_bytes"] > 0
+        ratio = result["ratio"]
+        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+        assert result["passed"] is (ratio["low"] < 1.03)
+
+
+def test_what_the_other_version_has_not_got_is_named(compared):
+    results, directory = compared
+    left_out = {
+        (r["optimizer"], r["error"]) for r in results["results"] if "error" in r
+    }
+    assert left_out == {("adamw", "the other version: no such rule")}
+    text = (directory / "against.md").read_text()
+    assert "- left out: AdamW, graph: the other version: no such rule" in text
+    assert "| SGD, momentum | graph |" in text
+    assert "quick run" in text
+    assert json.loads((directory / "against.json").read_text()) == results
+
+
+@pytest.mark.parametrize("folder", ["", "absent"])
+def test_a_folder_without_a_checkout_is_refused(folder, tmp_path, capsys):
+    import update_cost
+
+    with pytest.raises(SystemExit) as failure:
+        update_cost.main(["--against", str(tmp_path / folder)])
+    assert failure.value.code == 2
+    message = capsys.readouterr().err
+    assert "holds tf_effopt/__init__.py" in message
+    assert str(tmp_path / folder) in message
+
+
+def test_a_version_that_does_not_start_is_named(tmp_path):
+    import against
+
+    with pytest.raises(SystemExit, match="doesn't start: failed: OSError: no disk"):
+        against.check_start({"error": "failed: OSError: no disk"}, tmp_path)
+
+
+def test_a_process_that_imports_another_version_ends_the_run(tmp_path):
+    import against
+
+    answer = {"tf_effopt_file": str(ROOT / "tf_effopt" / "__init__.py")}
+    against.check_start(answer, ROOT)
+    with pytest.raises(SystemExit, match="would compare a version with itself"):
+        against.check_start(answer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "n, low, high, coverage",
+    [
+        # From tables of the sign test: from the 4th of 15, and of 25 from the 8th.
+        (15, 4, 12, 0.965),
+        (25, 8, 18, 0.957),
+        (6, 1, 6, 0.969),
+        (5, 1, 5, 0.938),
+        (1, 1, 1, 0.0),
+    ],
+)
+def test_the_interval_is_that_of_the_sign_test(n, low, high, coverage):
+    import against
+
+    found = against.interval(
+        [float(x) for x in np.random.default_rng(0).permutation(n)]
+    )
+    assert (found["low"], found["high"]) == (low - 1, high - 1)
+    assert found["median"] == (n - 1) / 2
+    assert round(found["coverage"], 3) == coverage
+
+
+def test_a_version_that_is_slower_is_one_whose_whole_interval_is():
+    import against
+
+    def verdict(ratios):
+        sides = {"this": ratios, "other": [1.0] * len(ratios)}
+        result = {
+            side: {"blocks": [[x] for x in values], "first_call_seconds": values}
+            for side, values in sides.items()
+        }
+        against.summarize(result)
+        return result["passed"]
+
+    assert verdict([1.02] * 4 + [1.1] * 11) is True
+    assert verdict([1.02] * 3 + [1.1] * 12) is False
 
 
 # ------------------------------------------------------------- the command line

@@ -184,6 +184,8 @@ def _keras_optimizer(library: str, case: Case) -> Any:
     import tf_effopt
 
     if library == "tf_effopt":
+        if not hasattr(tf_effopt, case.rule):  # It may be another version.
+            raise NoSuchRule
         return getattr(tf_effopt, case.rule)(**case.arguments)
     rule = {"GradientDescent": "SGD"}.get(case.rule, case.rule)
     if not hasattr(keras.optimizers, rule):

@@ -7,6 +7,7 @@ import pathlib
 import statistics
 from typing import Any
 
+from against import COVERAGE, LIMIT
 from competitors import COMPETITORS, OURS
 
 # ------------------------------------------------------------------------- goals
@@ -219,6 +220,92 @@ def progress_line(result: dict[str, Any]) -> str:
         for name, entry in result["competitors"].items()
     ]
     return f"{result['workload']}, {result['optimizer']}: {'; '.join(times)}"
+
+
+# --------------------------------------------------------------- another version
+
+
+def comparison(results: dict[str, Any], titles: dict[str, str]) -> str:
+    """The table of `--against`."""
+    machine, sides = results["machine"], results["software"]
+    loads = [results["load_average_before"], results["load_average_after"]]
+    versions = [
+        f"{said}: tf_effopt {side['versions']['tf_effopt']}, commit "
+        f"{side['commit'] or 'unknown'}, TensorFlow {side['versions']['tensorflow']}, "
+        f"Keras {side['versions']['keras']}"
+        for said, side in zip(
+            ("this version", "the other"),
+            (sides["this"], sides["other"]),
+            strict=True,
+        )
+    ]
+    lines = ["# The cost of one update beside another version", ""]
+    if results["quick"]:
+        lines += ["**A quick run on tiny tensors: its times mean nothing.**", ""]
+    lines += [
+        f"`{results['command']}`",
+        "",
+        (
+            f"- {results['date']}, {results['seconds'] / 60:.0f} minutes; "
+            f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}; "
+            f"load average {' to '.join(f'{x[0]:.1f}' for x in loads if x)}"
+        ),
+        *(f"- {version}" for version in versions),
+        "",
+        (
+            f"Ratios are this version's time by the other's: the median of "
+            f"{results['repeats']} pairs of blocks, and the interval that holds it with a "
+            f"probability of {COVERAGE:.0%}, or with that which is printed. `ok` is an "
+            f"interval whose lower end is under {LIMIT}. Times are medians."
+        ),
+        "",
+    ]
+    for workload, group in _by_workload(results["results"]).items():
+        first = group[0]
+        size = f"{first['tensors']} tensors, {first['parameters'] / 1e6:.1f} M"
+        lines += [f"## {titles[workload]} ({size})", ""]
+        rows = [_comparison_row(r) for r in group if "error" not in r]
+        header = ["optimizer", "way", "ratio", "", "this, ms", "other, ms"]
+        header += ["first call, ratio", "this, s", "other, s"]
+        lines += [*_table(header, rows), ""] if rows else []
+        left_out = [r for r in group if "error" in r]
+        for result in left_out:
+            name = f"{result['title']}, {result['way']}"
+            lines.append(f"- left out: {name}: {result['error']}")
+        lines += [""] if left_out else []
+    return "\n".join(lines)
+
+
+def _comparison_row(result: dict[str, Any]) -> list[str]:
+    sides = [result["this"], result["other"]]
+    first = [statistics.median(side["first_call_seconds"]) for side in sides]
+    return [
+        result["title"],
+        result["way"],
+        _ratio(result["ratio"]),
+        "ok" if result["passed"] else "**slower**",
+        *(_number(side["median"]) for side in sides),
+        _ratio(result["first_call_ratio"]),
+        *(f"{seconds:.2f}" for seconds in first),
+    ]
+
+
+def _ratio(ratio: dict[str, float]) -> str:
+    text = f"{ratio['median']:.3f} [{ratio['low']:.3f}-{ratio['high']:.3f}]"
+    if ratio["coverage"] < COVERAGE:
+        text += f" ({ratio['coverage']:.0%})"
+    return text
+
+
+def comparison_line(result: dict[str, Any]) -> str:
+    name = f"{result['workload']}, {result['optimizer']}, {result['way']}"
+    if "error" in result:
+        return f"{name}: left out: {result['error']}"
+    verdict = "" if result["passed"] else f", slower: not under {LIMIT}"
+    return (
+        f"{name}: {_ratio(result['ratio'])}{verdict}; "
+        f"first call {_ratio(result['first_call_ratio'])}"
+    )
 
 
 # ------------------------------------------------------------------- the picture

@@ -3,6 +3,7 @@
     python recipes/benchmarks/update_cost.py
     python recipes/benchmarks/update_cost.py --workload resnet50 --optimizer adam
     python recipes/benchmarks/update_cost.py --quick
+    python recipes/benchmarks/update_cost.py --against ../other --workload resnet50
 
 Every public optimizer of tf_effopt, and some of its options, in a graph and
 eagerly, against `keras.optimizers` (graph, XLA, eager), `optax` under `jax.jit`
@@ -18,6 +19,15 @@ cycles of calls. The first call makes the state, traces, compiles and runs.
 Writes `update_cost.json` (every sample), `update_cost.md` and
 `update_cost.png` to `--output-dir`. All workloads together need 20 GB of
 memory, `--workload resnet50` 4 GB.
+
+`--against CHECKOUT` compares this checkout with another one instead, such as a
+`git worktree` of the last release. Both are in processes of their own, which run this
+checkout's benchmark; `--repeats` pairs of blocks, A-B-A-B, in up to 5 pairs of
+processes, give as many ratios, this version's time by the other's. It prints their
+median and a 95 % interval, the same for first calls, and writes `against.json` and
+`against.md` to `--output-dir`. An interval whose lower end is under 1.03 shows no loss
+of speed. `against.py` tells how the interval is found. What the other version hasn't
+got is named and left out.
 """
 
 from __future__ import annotations
@@ -26,8 +36,6 @@ import argparse
 import datetime
 import importlib.util
 import json
-import math
-import multiprocessing
 import os
 import pathlib
 import platform
@@ -37,10 +45,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import against
 import numpy as np
 import report
 from competitors import COMPETITORS, OURS, Case, Competitor
-from worker import serve
+from worker import Worker, calls_of_a_sample
 from workloads import Workload, all_workloads
 
 # name: (title, class, arguments)
@@ -57,7 +66,6 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "soap_768": ("SOAP, axes up to 768", "SOAP", {"max_precondition_dim": 768}),
 }
 MIRRORED = (OURS, "Keras graph")
-SHORTEST_SAMPLE = 20.0  # milliseconds
 LARGE = 50_000_000  # parameters, above which options aren't measured eagerly
 CASES_OF_A_PROCESS = 4  # compiled programs stay in memory, a GB for each case
 # Of axes' lengths: above this SOAP's first update takes more than some minutes.
@@ -122,32 +130,6 @@ def is_installed(package: str) -> bool:
 
 
 # --------------------------------------------------------------------- measuring
-
-
-class Worker:
-    """A framework's process, seen from the parent."""
-
-    def __init__(self, framework: str, workload: Workload):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        environment = {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "2"}
-        self.process = context.Process(
-            target=serve, args=(theirs, framework, workload, environment), daemon=True
-        )
-        self.process.start()
-        theirs.close()
-
-    def ask(self, *request: Any) -> Any:
-        try:
-            self.connection.send(request)
-            return self.connection.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            return {"error": f"failed: process ended, code {self.process.exitcode}"}
-
-    def stop(self) -> None:
-        self.connection.close()
-        self.process.join()
 
 
 class CopyBandwidth:
@@ -254,8 +236,8 @@ def take_sample(
     if isinstance(sample, dict):
         entry |= sample
     elif warm_up:
-        cycles = math.ceil(SHORTEST_SAMPLE / (sample * case.calls))
-        entry |= {"calls_per_sample": cycles * case.calls, "milliseconds": []}
+        calls = calls_of_a_sample(case, sample)
+        entry |= {"calls_per_sample": calls, "milliseconds": []}
     else:
         entry["milliseconds"].append(sample)
 
@@ -345,6 +327,10 @@ def parse_arguments(argv: list[str] | None, names: list[str]) -> argparse.Namesp
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=15, help="samples of each")
     parser.add_argument(
+        "--against", type=pathlib.Path, metavar="CHECKOUT",
+        help="folder of another version of tf_effopt, to compare this one with",
+    )  # fmt: skip
+    parser.add_argument(
         "--output-dir",
         type=pathlib.Path,
         default=pathlib.Path("recipes/benchmarks/results"),
@@ -360,6 +346,8 @@ def parse_arguments(argv: list[str] | None, names: list[str]) -> argparse.Namesp
         parser.error(
             f"--repeats must be at least 1. Received: --repeats {arguments.repeats}"
         )
+    if arguments.against and (problem := against.problem_of(arguments.against)):
+        parser.error(problem)
     if arguments.quick:
         arguments.repeats = min(arguments.repeats, 3)
     try:  # Now, not after an hour of measuring.
@@ -386,6 +374,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "results": [],
     }
     start = time.monotonic()
+    if arguments.against:
+        return compare(results, arguments, chosen, start)
     copy = CopyBandwidth(megabytes=4 if arguments.quick else 256)
     for name, workload in all_workloads().items():
         if name not in arguments.workload:
@@ -406,6 +396,50 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return results
 
 
+def compare(
+    results: dict[str, Any],
+    arguments: argparse.Namespace,
+    chosen: dict[str, Case],
+    start: float,
+) -> dict[str, Any]:
+    """Runs `--against`; returns what it writes to the JSON file."""
+    titles = {name: w.title for name, w in all_workloads().items()}
+    results["other"] = str(arguments.against)
+    for name, workload in all_workloads().items():
+        if name not in arguments.workload:
+            continue
+        if arguments.quick:
+            workload = workload.tiny()
+        with_ways = [
+            (case, our_ways(workload, case)) for case in cases_of(workload, chosen)
+        ]
+        for first in range(0, len(with_ways), CASES_OF_A_PROCESS):
+            compared = against.compare_workload(
+                workload,
+                with_ways[first : first + CASES_OF_A_PROCESS],
+                arguments.against.resolve(),
+                arguments.repeats,
+                results["software"],
+            )
+            results["results"] += compared
+            print(*map(report.comparison_line, compared), sep="\n", flush=True)
+            results["seconds"] = time.monotonic() - start
+            results["load_average_after"] = load_average()
+            text = report.comparison(results, titles)
+            against.write(results, text, arguments.output_dir)
+    print(f"Wrote {arguments.output_dir}/against.json and .md")
+    return results
+
+
+def our_ways(workload: Workload, case: Case) -> list[Competitor]:
+    return [
+        competitor
+        for competitor in competitors_of(workload)
+        if competitor.name.startswith("tf_effopt")
+        and not is_too_large(workload, case, competitor)
+    ]
+
+
 def write(results: dict[str, Any], directory: pathlib.Path) -> None:
     titles = {name: w.title for name, w in all_workloads().items()}
     results["goals"] = report.check_goals(results["results"])
@@ -416,4 +450,5 @@ def write(results: dict[str, Any], directory: pathlib.Path) -> None:
 
 if __name__ == "__main__":
     os.environ["KERAS_BACKEND"] = "tensorflow"
+    sys.path.insert(0, str(against.HERE))  # This checkout is measured.
     main()

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import math
+import multiprocessing
 import os
+import pathlib
 import re
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -18,13 +22,59 @@ from typing import Any
 from competitors import Case, NoSuchRule, Update, make_update
 from workloads import Workload
 
+SHORTEST_SAMPLE = 20.0  # milliseconds
+
+
+class Worker:
+    """A framework's process, seen from the parent.
+
+    Args:
+        framework: what it imports.
+        workload: what it updates.
+        checkout: folder of the version of tf_effopt that it imports; None for the
+            one that is installed.
+    """
+
+    def __init__(
+        self, framework: str, workload: Workload, checkout: pathlib.Path | None = None
+    ):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        environment = {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "2"}
+        self.process = context.Process(
+            target=serve,
+            args=(theirs, framework, workload, environment, checkout),
+            daemon=True,
+        )
+        self.process.start()
+        theirs.close()
+
+    def ask(self, *request: Any) -> Any:
+        try:
+            self.connection.send(request)
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            return {"error": f"failed: process ended, code {self.process.exitcode}"}
+
+    def stop(self) -> None:
+        self.connection.close()
+        self.process.join()
+
+
+def calls_of_a_sample(case: Case, milliseconds: float) -> int:
+    """How many calls to time at once, if one takes so long: full cycles of them."""
+    cycles = math.ceil(SHORTEST_SAMPLE / (milliseconds * case.calls))
+    return cycles * case.calls
+
 
 def start_framework(framework: str, replicas: int) -> dict[str, Any]:
     """Imports a framework and runs something, that no optimizer pays for it.
 
     Returns:
-        Its versions and threads.
+        Its versions and threads; of TensorFlow's, which tf_effopt it imported.
     """
+    extra: dict[str, Any] = {}
     version = importlib.metadata.version
     if framework == "tensorflow":
         import tensorflow as tf
@@ -41,6 +91,7 @@ def start_framework(framework: str, replicas: int) -> dict[str, Any]:
 
         versions = {"tensorflow": tf.__version__, "keras": keras.__version__}
         versions["tf_effopt"] = tf_effopt.__version__
+        extra["tf_effopt_file"] = tf_effopt.__file__
         intra_op = tf.config.threading.get_intra_op_parallelism_threads()
         threads: Any = intra_op or "default: one per core"
     elif framework == "jax":
@@ -57,17 +108,23 @@ def start_framework(framework: str, replicas: int) -> dict[str, Any]:
         versions = {"torch": torch.__version__}
         versions["torch build"] = " ".join(torch.__config__.show().split())
         threads = torch.get_num_threads()
-    return {"versions": versions, "threads": threads}
+    return {"versions": versions, "threads": threads, **extra}
 
 
 def serve(
-    connection: Connection, framework: str, workload: Workload, environment: dict
+    connection: Connection,
+    framework: str,
+    workload: Workload,
+    environment: dict,
+    checkout: pathlib.Path | None = None,
 ) -> None:
     """Answers the parent's requests `(name, *arguments)` until it is gone.
 
     An error is an answer, too: `{"error": message}`.
     """
     os.environ.update(environment)
+    if checkout is not None:
+        sys.path.insert(0, str(checkout))  # before what is installed
     updates: dict[str, Update] = {}
 
     def prepare(competitor: str, case: Case) -> dict[str, Any]:
