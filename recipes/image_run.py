@@ -23,6 +23,7 @@ import tf_effopt
 from recipes import checkpoint
 from recipes.command_line import UsageError
 from recipes.preemption import Preempted
+from tf_effopt.engine.keras_hooks import sync_state
 
 
 class TrainingFailed(Exception):
@@ -340,7 +341,7 @@ class Saving(keras.callbacks.Callback):
         self, batch: int, logs: dict[str, float] | None = None
     ) -> None:
         if self.run.metrics_so_far:
-            _sync(self.model)
+            sync_state(self.model)
             state = checkpoint.metrics_state(self.model)
             so_far = {f"metrics/{k}": v for k, v in self.run.metrics_so_far.items()}
             checkpoint.check_fit(state, so_far)
@@ -350,7 +351,7 @@ class Saving(keras.callbacks.Callback):
         self.ends = self.ends or self.is_time_to_save()
         if self.ends and batch + 1 < self.params["steps"]:
             self.run.progress.batches = self.before + batch + 1
-            _sync(self.model)
+            sync_state(self.model)
             self.run.save(self.model)
             raise Preempted
 
@@ -443,12 +444,6 @@ def plot(history: list[dict[str, float]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
-
-
-def _sync(model: keras.Model) -> None:
-    """On JAX `fit` keeps the variables' values to itself until it is asked."""
-    if keras.backend.backend() == "jax":
-        model.jax_state_sync()
 
 
 def _taken(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -151,6 +151,7 @@ def test_other_backends(backend):
         import sys
         sys.path.insert(0, sys.argv[1])
         import keras, numpy as np, tf_effopt, test_callbacks as t
+        from tf_effopt.engine.keras_hooks import sync_state
         dense = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")
         model = keras.Sequential([keras.Input((1,)), dense])
         # The gradient is 1 everywhere.
@@ -158,8 +159,7 @@ def test_other_backends(backend):
         weights = []
         class Watch(keras.callbacks.Callback):
             def on_train_batch_end(self, batch, logs=None):
-                if hasattr(model, "jax_state_sync"):
-                    model.jax_state_sync()
+                sync_state(model)
                 weights.append(model.get_weights()[0].item())
         test = t.LearningRateRangeTest(1e-3, 1e-1, steps=8, explosion=1e9)
         model.fit(np.ones((16, 1)), np.ones((16, 1)), batch_size=4, epochs=2,

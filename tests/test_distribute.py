@@ -26,6 +26,7 @@ from workers import CASES
 
 from tf_effopt.distribute import hooks, launch, tf_config
 from tf_effopt.distribute.fit import _PackedLogs
+from tf_effopt.engine.private_names import PrivateName
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = ROOT / "tests" / "workers.py"
@@ -189,6 +190,40 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
         env={**os.environ, "KERAS_BACKEND": "tensorflow", **environment},
         timeout=120,
     )
+
+
+def test_private_names_that_are_missing_are_named_before_anything_is_replaced():
+    code = """
+import keras
+from keras.src.losses import loss
+from keras.src.metrics import reduction_metrics
+del reduction_metrics.reduce_to_samplewise_values
+before = loss.apply_mask
+strategy = tf_effopt.distribute.strategy("mirrored", replicas=2)
+with strategy.scope():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(tf_effopt.SGD(0.1), "mse")
+try:
+    tf_effopt.distribute.prepare(model)
+except RuntimeError as error:
+    message = str(error)
+assert loss.apply_mask is before
+assert "reduction_metrics.reduce_to_samplewise_values" in message, message
+assert f"Keras {keras.__version__} with TensorFlow 2." in message, message
+"""
+    finished = python(code)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_a_name_that_has_moved_is_found_where_it_is_now():
+    moved = PrivateName("keras.src.of_tomorrow:function", "keras.tree:flatten")
+    assert moved.get() is keras.tree.flatten
+    gone = PrivateName("keras.src.of_tomorrow:Class.method", "keras:Gone.method")
+    assert not gone.exists()
+    with pytest.raises(
+        RuntimeError, match=r"of_tomorrow\.Class\.method or keras\.Gone"
+    ):
+        gone.get()
 
 
 def test_strategies_by_name():

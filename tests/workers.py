@@ -262,6 +262,8 @@ def an_empty_replica_of_convolutions(case):
         validation_data=(images, labels),
         compile_options={"metrics": ["accuracy"]},
     )
+    # First of one image: eagerly read, a batch's sizes are known, that of nothing, too.
+    case.found["logs/predict_one"] = model.predict(images[:1], verbose=0)
     case.found["logs/predict"] = model.predict(images, batch_size=BATCH, verbose=0)
 
 

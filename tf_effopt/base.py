@@ -194,6 +194,7 @@ class Optimizer(keras.optimizers.Optimizer):
             gradient_accumulation_steps=as_int(gradient_accumulation_steps),
             name=name,
         )
+        keras_hooks.check(self)
         self.rounding = rounding
         self.lazy = lazy
         # Past Keras's and TensorFlow's tracking, which would wrap the lists.

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from tf_effopt.base import Optimizer
+from tf_effopt.engine import keras_hooks
 
 
 class EvaluationWeights(keras.callbacks.Callback):
@@ -52,9 +53,7 @@ class EvaluationWeights(keras.callbacks.Callback):
         optimizer = self._optimizer()
         if optimizer.evaluation is None:
             return
-        if keras.backend.backend() == "jax":
-            # Keras's JAX trainer keeps all state in its own loop: take it first.
-            self.model.jax_state_sync()
+        keras_hooks.sync_state(self.model)
         if self.model.built and not self.model.optimizer.built:
             # A state that was loaded waits for it, and tells which weights it has.
             self.model.optimizer.build(self.model.trainable_variables)

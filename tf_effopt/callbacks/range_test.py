@@ -10,6 +10,8 @@ from typing import Any
 
 import keras
 
+from tf_effopt.engine import keras_hooks
+
 
 class LearningRateRangeTest(keras.callbacks.Callback):
     """Finds a learning rate by a short run in which it grows batch by batch.
@@ -126,14 +128,15 @@ class LearningRateRangeTest(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         if self._finished:
             return
-        self._take_state_from_jax()
+        # On JAX an assignment reaches `fit`'s loop only after the state was taken.
+        keras_hooks.sync_state(self.model)
         self.model.reset_metrics()
         self.model.optimizer.learning_rate = self._rate(len(self.losses))
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         if self._finished:
             return
-        self._take_state_from_jax()
+        keras_hooks.sync_state(self.model)
         rate = self._rate(len(self.losses))
         self._check_rate_was(rate)
         if "loss" not in (logs or {}):
@@ -183,12 +186,6 @@ class LearningRateRangeTest(keras.callbacks.Callback):
         self.losses.append(loss)
         best = min(self.losses)
         self.exploded = loss > best + (self.explosion - 1) * abs(best)
-
-    def _take_state_from_jax(self) -> None:
-        # Keras's JAX trainer keeps all state in its own loop, where an assignment
-        # to a variable doesn't reach it, unless it handed the state over before.
-        if keras.backend.backend() == "jax":
-            self.model.jax_state_sync()
 
     # -------------------------------------------------------------- results
 

@@ -116,6 +116,7 @@ def prepare(model: keras.Model) -> keras.Model:
                 stacklevel=2,
             )
         return model
+    hooks.check()  # before anything is replaced
     shares.install()
     whole_batches.kept(strategy)
     adapter = _Adapter(model, strategy)
@@ -135,7 +136,7 @@ class _Adapter:
         self._predict_on_batch = model.predict_on_batch
         self._compute_loss = model.compute_loss
         self.strategy = strategy
-        self.several_hosts = strategy.extended._in_multi_worker_mode()
+        self.several_hosts = hooks.of_several_hosts(strategy)
         devices = strategy.extended.worker_devices
         self.on_cpu = all("CPU" in device for device in devices)
         self._warned_of_loss = False
@@ -210,7 +211,7 @@ class _Adapter:
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None):
         """Builds the model for a replica's part of a batch, of which it takes none."""
         if iterator is not None:
-            spec = iterator._distributed_dataset.element_spec
+            spec = hooks.distributed_dataset(iterator).element_spec
             data_batch = tree.map_structure(hooks.of_first_replica, spec)
         with self.strategy.scope():
             self.model._symbolic_build(data_batch=data_batch)
@@ -235,17 +236,33 @@ class _Adapter:
 
         make = self._packing_logs if self.several_hosts else self.model._make_function
         of_parts, of_whole_batch = make(step_of_parts), make(step_of_whole_batch)
+        one_step = self._reading_in_graph(of_parts)
 
         def function(iterator: Any) -> Any:
             # `train_on_batch` and `test_on_batch` give each replica all there is.
-            is_of_parts = isinstance(iterator, ITERATORS)
-            run = of_parts if is_of_parts else of_whole_batch
+            if not isinstance(iterator, ITERATORS):
+                return of_whole_batch(iterator)
             if self.model.steps_per_execution == 1:
-                return run(iterator)
+                return one_step(iterator)
             with hooks.collectives_in_loops():
-                return run(iterator)
+                return of_parts(iterator)
 
         return function
+
+    def _reading_in_graph(self, run: Callable) -> Callable:
+        """One step on an iterator's next batch.
+
+        A graph knows of a batch what its dataset says, which is the same on all
+        replicas. (Keras 3.16 reads batches eagerly: each replica would know the size
+        of its part, and the step be traced again for a short last batch.)
+        """
+
+        def one_step(iterator: Any) -> Any:
+            return run(iter([iterator.get_next()]))
+
+        if self.model.run_eagerly:
+            return one_step
+        return tf.function(one_step, reduce_retracing=True, autograph=False)
 
     @contextlib.contextmanager
     def _state_of_examples(self, batch: Any) -> Iterator[None]:

@@ -64,9 +64,11 @@ def counted(batch: Any, whole: bool = False) -> Iterator[None]:
 def may_be_empty(batch: Any) -> bool:
     """Whether a replica may have none of a batch's examples.
 
-    A size that a graph knows is the same on all replicas.
+    A size that a graph knows is the same on all replicas: steps read their batches in
+    the graph (`fit`). Not so in `predict`, which has no collectives; there a graph may
+    know that a replica has none.
     """
-    return batch.shape[0] is None or tf.executing_eagerly()
+    return not batch.shape[0] or tf.executing_eagerly()
 
 
 def summed(x: tf.Tensor) -> tf.Tensor:
@@ -81,8 +83,8 @@ def install() -> None:
 
     Outside of `counted` they do what Keras's do.
     """
-    for (owner, name), mine in hooks.OF_LOSSES.items():
-        hooks.replace(owner, name, globals()[mine])
+    for name, mine in hooks.OF_LOSSES.items():
+        hooks.replace(*name.place(), globals()[mine])
     for owner, name in hooks.OF_UPDATES:
         hooks.replace(owner, name, update)
 
@@ -155,7 +157,7 @@ def reduce_values(
         _here.parts += 1
         return _weighted(kerass(values, sample_weight, reduction)) * _here.of_sums
     if values.shape.rank == 0:  # a loss function that has taken the mean itself
-        return hooks.losses.scale_loss_for_distribution(values)
+        return hooks.SCALE_LOSS.get()(values)
     if reduction == "mean_with_sample_weight" and sample_weight is not None:
         _here.parts += 1
         weight = summed(_weighted(tf.reduce_sum(sample_weight)))

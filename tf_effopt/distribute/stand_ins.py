@@ -40,8 +40,7 @@ def _stand_in(x: tf.Tensor) -> tf.Tensor:
     # Of a dimension that varies there is nothing, either.
     now = tf.unstack(tf.shape(x))
     sizes = [
-        tf.maximum(size, 1) if known is None else known
-        for size, known in zip(now, x.shape, strict=True)
+        known or tf.maximum(size, 1) for size, known in zip(now, x.shape, strict=True)
     ]
     fill = tf.zeros if x.dtype.is_integer or x.dtype == tf.string else tf.ones
     return fill([1, *sizes[1:]], x.dtype)

@@ -27,7 +27,7 @@ def kept(strategy: tf.distribute.Strategy) -> None:
 
 @functools.cache
 def _install() -> None:
-    hooks.replace(*hooks.OF_DATA, _make_epoch_iterator)
+    hooks.replace(*hooks.OF_DATA.place(), _make_epoch_iterator)
 
 
 def _make_epoch_iterator(

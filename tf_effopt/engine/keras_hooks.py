@@ -1,7 +1,7 @@
-"""The private names of Keras and TensorFlow that the engine leans on.
+"""The private names of Keras that the engine uses.
 
-All of them are used only through this list: `missing()` is what a test, and
-an import under a newer Keras, looks at.
+All of them are used only through this list: `missing()` is what a test looks at, and
+`check` what every optimizer does when it is made.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+
+from tf_effopt.engine import private_names
 
 # On `keras.optimizers.Optimizer` and its instances.
 OPTIMIZER_CLASS = (
@@ -32,23 +34,52 @@ STATE = ("_model_variables_moving_average", "_accumulated_gradients")
 # On layers, and on the tensors of a functional model.
 LAYER = ("_flatten_layers",)
 TENSOR = ("_keras_history",)
+OPERATION = ("_inbound_nodes",)
 VARIABLE = ("_value",)
+# On models of the JAX backend, the newest version's first.
+STATE_SYNC = ("state_sync", "jax_state_sync")
+
+
+def check(optimizer: keras.optimizers.Optimizer) -> None:
+    """Raises an error that names what an optimizer of this Keras doesn't have.
+
+    Raises:
+        RuntimeError: it lacks private names that the engine uses.
+    """
+    names = OPTIMIZER_CLASS + OPTIMIZER_INSTANCE
+    absent = [f"Optimizer.{name}" for name in names if not hasattr(optimizer, name)]
+    if absent:
+        raise RuntimeError(private_names.message(absent))
 
 
 def sublayers(model: keras.Model) -> list[keras.layers.Layer]:
     """A model and all layers in it, however deep."""
-    return model._flatten_layers()
+    return private_names.attribute(model, "_flatten_layers")()
 
 
 def own_history(tensor: Any) -> tuple[Any, list[Any]]:
     """The operation that made a functional model's tensor, and its inputs."""
-    operation, node_index, _ = tensor._keras_history
-    return operation, operation._inbound_nodes[node_index].input_tensors
+    operation, node_index, _ = private_names.attribute(tensor, "_keras_history")
+    nodes = private_names.attribute(operation, "_inbound_nodes")
+    return operation, nodes[node_index].input_tensors
 
 
 def has_value(variable: keras.Variable) -> bool:
     """Not so on JAX while `fit` has the values in its compiled step."""
-    return variable._value is not None
+    return private_names.attribute(variable, "_value") is not None
+
+
+def sync_state(model: keras.Model) -> None:
+    """On JAX, `fit` keeps all state in its loop: this assigns it to the variables.
+
+    On other backends the variables have it already.
+    """
+    if keras.backend.backend() != "jax":
+        return
+    for name in STATE_SYNC:
+        if hasattr(model, name):
+            return getattr(model, name)()
+    raise RuntimeError(private_names.message([f"Model.{STATE_SYNC[0]}"]))
 
 
 def missing() -> list[str]:
@@ -67,5 +98,11 @@ def missing() -> list[str]:
     absent += [f"Layer.{x}" for x in LAYER if not hasattr(keras.layers.Layer, x)]
     tensor = keras.Input((1,))
     absent += [f"KerasTensor.{x}" for x in TENSOR if not hasattr(tensor, x)]
+    layer = keras.layers.Layer()
+    absent += [f"Operation.{x}" for x in OPERATION if not hasattr(layer, x)]
     variable = keras.Variable(0.0)
-    return absent + [f"Variable.{x}" for x in VARIABLE if not hasattr(variable, x)]
+    absent += [f"Variable.{x}" for x in VARIABLE if not hasattr(variable, x)]
+    has_sync = any(hasattr(keras.Model, name) for name in STATE_SYNC)
+    if keras.backend.backend() == "jax" and not has_sync:
+        absent.append(f"Model.{' or '.join(STATE_SYNC)}")
+    return absent
