@@ -253,7 +253,7 @@ def groups():
     """Multiplied, decayed and frozen; a number is changed before the first step."""
 
     def make():
-        bias = tf_effopt.Group("bias$", weight_decay=0.5)
+        bias = tf_effopt.Group("bias", weight_decay=0.5)
         kernels = tf_effopt.Group("kernel", learning_rate_multiplier=9.0)
         frozen = tf_effopt.Group("second/bias", frozen=True)
         optimizer = adam(global_clipnorm=0.1, groups=[bias, kernels, frozen])()

@@ -304,8 +304,9 @@ GROUP = {
     "frozen": SWITCH,
     "optional": SWITCH,
     "members": (
-        "a regular expression, a variable, a layer, or a list of these that isn't empty",
-        [None, 1, [], "(", ["bias", 3], [[]], {"a": 1}],
+        r"a string of whole components of a path, `re.compile\(...\)`, a variable, a "
+        + "layer, or a list of these that isn't empty",
+        [None, 1, [], "(", ["bias", 3], [[]], {"a": 1}, "", "a//b", re.compile(b"a")],
     ),
 }
 
@@ -616,7 +617,7 @@ def test_no_pairs_of_gradient_and_variable():
 
 
 def test_a_loss_scale_shows_what_is_of_the_inner_optimizer():
-    inner = tf_effopt.ScheduleFreeAdamW(groups=[tf_effopt.Group(".", frozen=True)])
+    inner = tf_effopt.ScheduleFreeAdamW(groups=[tf_effopt.Group("kernel", frozen=True)])
     optimizer = tf_effopt.LossScaleOptimizer(inner)
     optimizer.build([keras.Variable([1.0], name="kernel")])
     assert optimizer.describe() == inner.describe()

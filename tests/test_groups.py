@@ -142,10 +142,9 @@ def test_all_groups_of_a_variable_count():
     w, b = variable(1), variable(1)
     w._path, b._path = "block/w", "block/b"
     groups = [
-        Group("block", learning_rate_multiplier=0.5, weight_decay=0.5),
-        Group(w, learning_rate_multiplier=0.5),
-        Group("w$", weight_decay=0.25),
-        Group("b$", frozen=True),
+        Group("block", learning_rate_multiplier=0.25),
+        Group(re.compile("w$"), weight_decay=0.25),
+        Group("block/b", frozen=True),
         Group(b),
     ]
     optimizer = SGD(1.0, weight_decay=9.0, groups=groups)
@@ -156,7 +155,7 @@ def test_all_groups_of_a_variable_count():
 @pytest.mark.parametrize("name", ["sgd", "lamb"])
 def test_exclusion_from_decay_wins(name):
     w, b = variable(1, name="w"), variable(1, name="b")
-    optimizer = BY_NAME[name].make(groups=[Group(".", weight_decay=0.5)])
+    optimizer = BY_NAME[name].make(groups=[Group(re.compile("."), weight_decay=0.5)])
     optimizer.exclude_from_weight_decay([b])
     optimizer.apply([0 * ones(1)] * 2, [w, b])
     assert w.numpy()[0] < 1 and b.numpy()[0] == 1
@@ -334,7 +333,10 @@ def test_members_of_every_kind():
     paths = [v.path for v in model.weights]
     for members, expected in [
         ("bias", [1, 3]),
-        ("first/(kernel|bias)$", [0, 1]),
+        (re.compile("first/(kernel|bias)$"), [0, 1]),
+        (re.compile("FIRST", re.IGNORECASE), [0, 1]),
+        ("first/bias", [1]),
+        ("second/", [2, 3]),
         (model.weights[2], [2]),
         (second, [2, 3]),
         (model, [0, 1, 2, 3]),
@@ -370,8 +372,8 @@ def absent_layer():
 @pytest.mark.parametrize(
     "members, message",
     [
-        ("frist", r"'frist': the nearest paths are \S*first/(kernel|bias)"),
-        (["bias", "norm"], r"'norm': the nearest paths are"),
+        ("frist", r"'frist': the nearest components are 'first', "),
+        (["bias", "norm"], r"'norm': the nearest components are"),
         (absent_layer, r"<layer 'secnd'>: the nearest paths are \S*second/"),
         (lambda: variable(1, name="basi"), r"<variable 'basi'>: .* are \S*/bias"),
         (lambda: keras.layers.ReLU(name="act"), r"<layer 'act'>"),
@@ -424,6 +426,150 @@ def test_a_group_of_another_optimizer_is_refused():
         other.build([w])
     with pytest.raises(ValueError, match="each for this optimizer only"):
         SGD(groups=[group])
+
+
+# ------------------------------------------------------------- strings and patterns
+
+
+def test_a_string_is_whole_components():
+    """Layer-wise decay over 12 layers: "layer_1" is neither layer_10 nor layer_11."""
+    ws = [variable(0) for _ in range(12)]
+    for i, w in enumerate(ws):
+        w._path = f"model/layer_{i}/kernel"
+    groups = [
+        Group(f"layer_{i}", learning_rate_multiplier=0.5 ** (11 - i)) for i in range(12)
+    ]
+    SGD(1.0, groups=groups).apply([ones(1)] * 12, ws)
+    assert [-w.numpy()[0] for w in ws] == [0.5 ** (11 - i) for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("block/dense", [0]),
+        ("dense/kernel", [0]),
+        ("block", [0, 1, 2]),
+        ("block/dense_1/bias", [1]),
+        ("/block/", [0, 1, 2]),
+        ("model.block.conv-1", [3]),
+        ("weight", [3, 4]),
+    ],
+)
+def test_components_in_a_row(text, expected):
+    paths = ["m/block/dense/kernel", "m/block/dense_1/bias", "m/block/norm/scale"]
+    paths += ["model.block.conv-1/weight", "weight:0"]
+    trained = Trained([None] * 5, paths)
+    (found,) = Group(text).members.find(trained)
+    assert found == expected
+
+
+REGULAR = [
+    r"layer_\d+",
+    "layer_.*",
+    "^first",
+    "bias$",
+    "a|b",
+    "w[0-9]",
+    "(a)",
+    "a+",
+    "a?",
+]
+REGULAR += [".", "layer_.", "a{2}"]
+
+
+@pytest.mark.parametrize("text", REGULAR)
+def test_a_string_that_looks_like_a_regular_expression_is_refused(text):
+    with pytest.raises(ValueError, match="looks like a regular expression") as error:
+        Group(["bias", text])
+    assert f"re.compile({text!r})" in str(error.value)
+    Group(["bias", re.compile(text)])
+
+
+def test_a_part_of_a_component_shows_the_pattern_that_matches():
+    optimizer = SGD(groups=[Group("firs")])
+    message = r"'firs'.*re.compile\('firs'\)` has a match in 2 paths, such as \S*first/"
+    with pytest.raises(ValueError, match=message):
+        optimizer.build(small_model().trainable_variables)
+
+
+def test_a_saved_string_may_have_the_name_of_a_model_in_front():
+    trained = Trained([None] * 2, ["inner/kernel", "other/inner/kernel"])
+    for text, expected in (("whole/inner", [0]), ("inner", [0, 1]), ("whole/x", [])):
+        saved = Group.from_config(Group(text).get_config())
+        assert saved.members.find(trained) == [expected]
+    assert Group("whole/inner").members.find(trained) == [[]]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("learning_rate_multiplier", 0.5), ("weight_decay", 0.0), ("frozen", True)],
+)
+def test_two_groups_that_set_the_same_are_refused(name, value):
+    kernel, bias = variable(1, name="kernel"), variable(1, name="bias")
+    groups = [Group("bias", **{name: value}), Group([kernel, bias], **{name: value})]
+    optimizer = SGD(groups=groups)
+    with pytest.raises(ValueError, match=f"Two groups set `{name}` for bias:") as error:
+        optimizer.build([kernel, bias])
+    assert all(repr(group) in str(error.value) for group in groups)
+    assert not optimizer.built
+    SGD(groups=[Group("bias", **{name: value}), Group(bias)]).build([kernel, bias])
+    apart = [Group("bias", **{name: value}), Group("kernel", **{name: value})]
+    SGD(groups=apart).build([kernel, bias])
+
+
+def test_a_multiplier_that_another_group_has_set_is_refused_later_too():
+    w = variable(1)
+    first, second = Group(w, learning_rate_multiplier=0.5), Group("w", weight_decay=0.5)
+    SGD(groups=[first, second]).build([w])
+    with pytest.raises(ValueError, match="Two groups set `learning_rate_multiplier`"):
+        second.learning_rate_multiplier = 2.0
+    assert second.learning_rate_multiplier == 1.0
+    first.learning_rate_multiplier = 1.0
+    second.learning_rate_multiplier = 2.0
+
+
+def saved_by_0_1_0(members, **settings):
+    """A group's configuration of that version: strings are regular expressions."""
+    config = {"members": members, "learning_rate_multiplier": 1.0, "weight_decay": None}
+    config |= {"frozen": False, "optional": False} | settings
+    return {
+        "module": "tf_effopt.groups",
+        "class_name": "Group",
+        "config": config,
+        "registered_name": "tf_effopt>Group",
+    }
+
+
+def test_groups_of_0_1_0_keep_their_meaning():
+    """Numbers multiply, the last decay counts, and strings are searched for."""
+    groups = [
+        saved_by_0_1_0(["w"], learning_rate_multiplier=0.5, weight_decay=0.5),
+        saved_by_0_1_0(["w_.$"], learning_rate_multiplier=0.5),
+        saved_by_0_1_0(["_1|_2"], weight_decay=0.25),
+        saved_by_0_1_0([{"path": "b", "index": None}], frozen=True),
+        saved_by_0_1_0(["^b"], frozen=True),
+    ]
+    config = SGD(1.0, weight_decay=9.0).get_config() | {"groups": groups}
+    optimizer = SGD.from_config(config)
+    again = SGD.from_config(optimizer.get_config())
+    copied = copy.deepcopy(again)
+    for o in (optimizer, again, copied):
+        ws = [variable(1, name=name) for name in ("w_1", "w_10", "b")]
+        o.apply([0 * ones(1)] * 3, ws)
+        values = [w.numpy()[0] for w in ws]
+        assert values == [1 - 0.25 * 0.25, 1 - 0.5 * 0.25, 1]
+        o.groups[1].learning_rate_multiplier = 0.25
+    carried = optimizer.carry_over(optimizer._trainable_variables)
+    assert carried.groups[0].may_overlap
+
+
+def test_a_pattern_is_saved_with_its_flags():
+    group = Group(["a/b", re.compile("BIAS", re.IGNORECASE)], frozen=True)
+    other = Group.from_config(group.get_config())
+    assert repr(other) == repr(group) and "re.IGNORECASE" in repr(group)
+    trained = Trained([None] * 3, ["x/bias", "a/b", "a/bc"])
+    assert other.members.find(trained) == [[1], [0]]
+    assert other.get_config() == group.get_config() and not other.may_overlap
 
 
 # ------------------------------------------------------------------ parts of a class
@@ -524,17 +670,14 @@ MODELS = {
 
 def one_group_of_each_kind(model):
     """Each has a multiplier of its own; the last one freezes."""
-    kinds = [
-        "bias",
-        model.layers[-2],
-        model.trainable_variables[2],
-        ["bias", model.layers[-1], model.trainable_variables[0]],
-        model,
-        "head/bias|second/bias",
+    groups = [
+        Group("bias", weight_decay=0.5),
+        Group(model.layers[-2], learning_rate_multiplier=2.0),
+        Group([model.trainable_variables[2]], learning_rate_multiplier=3.0),
+        Group(["bias", model.layers[-1], model.trainable_variables[0]]),
+        Group(model),
+        Group(re.compile("head/bias|second/BIAS", re.IGNORECASE), frozen=True),
     ]
-    groups = [Group(x, learning_rate_multiplier=1 + i) for i, x in enumerate(kinds)]
-    groups[0].weight_decay = 0.5
-    groups[-1].frozen = True
     return groups
 
 
@@ -546,7 +689,7 @@ def test_groups_are_alive_after_load_model(make_model, trained, tmp_path):
     compiled_model(AdamW(0.01, groups=groups), model)
     if trained:
         train(model, 2)
-        groups[0].learning_rate_multiplier = 0.25
+        groups[1].learning_rate_multiplier = 0.25
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     loaded.save(tmp_path / "again.keras")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import keras
@@ -113,7 +114,7 @@ def test_the_models_own_name_may_be_in_a_pattern(tmp_path):
     model = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(2, name="inner")], name="small"
     )
-    group = tf_effopt.Group("^small/inner/bias$", frozen=True)
+    group = tf_effopt.Group(re.compile("^small/inner/bias$"), frozen=True)
     model.compile(tf_effopt.SGD(groups=[group]), "mse")
     model.optimizer.build(model.trainable_variables)
     model.save(tmp_path / "model.keras")

@@ -50,7 +50,7 @@ def groups() -> list[tf_effopt.Group]:
     """New ones for each optimizer."""
     return [
         tf_effopt.Group("matrix", learning_rate_multiplier=0.5),
-        tf_effopt.Group("long|matrix|unused", weight_decay=0.05),
+        tf_effopt.Group(["long", "matrix", "unused"], weight_decay=0.05),
         tf_effopt.Group("row", frozen=True),
     ]
 

@@ -27,7 +27,12 @@ from tf_effopt.checks import (
 from tf_effopt.engine import keras_hooks
 from tf_effopt.engine.base import check_dtype, dtype_name
 from tf_effopt.engine.plan import EVALUATING, OPTIMIZER
-from tf_effopt.groups import Group, checked_groups, frozen_indices
+from tf_effopt.groups import (
+    Group,
+    check_overlaps,
+    checked_groups,
+    frozen_indices,
+)
 from tf_effopt.hyperparameters import (
     Choice,
     Count,
@@ -119,8 +124,8 @@ class Optimizer(keras.optimizers.Optimizer):
             `"nearest"` (small steps are lost). Slots are float32 for them.
         transforms: list of `tf_effopt.transforms`, which change the gradient
             before the rule or the step after it, in this order, after clipping.
-        groups: list of `tf_effopt.Group`: variables with a learning-rate
-            multiplier or a weight decay of their own, or frozen.
+        groups: list of `tf_effopt.Group`: variables with another learning rate or
+            weight decay than the rest, or frozen.
         lazy: bool. An embedding's gradient has only the rows that were looked
             up. If True, only these rows' weights, slots and decay move, at
             the cost of these rows; else the result equals that of a dense
@@ -281,6 +286,7 @@ class Optimizer(keras.optimizers.Optimizer):
     def _find_members(self, trained: Trained) -> None:
         for group in self.groups:
             group.find(trained, some_are_gone=bool(self._known_before))
+        check_overlaps(self.groups, trained.paths)
         self._frozen = frozen_indices(self.groups)
         found = self._decay_exclusions.find(trained)
         self.undecayed = frozenset(i for places in found for i in places)
@@ -793,7 +799,7 @@ class Optimizer(keras.optimizers.Optimizer):
             ]
         optimizer = super().from_config(config, custom_objects=custom_objects)
         if exclusions:
-            optimizer._decay_exclusions = Selection.of(exclusions)
+            optimizer._decay_exclusions = Selection.of_saved(exclusions)
         optimizer._known = [(path, tuple(shape)) for path, shape in built_on]
         return optimizer
 

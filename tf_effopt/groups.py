@@ -14,7 +14,8 @@ class Members(Hyperparameter):
     """What a group is made of, fixed once the optimizer is built."""
 
     expected = (
-        "a regular expression, a variable, a layer, or a list of these that isn't empty"
+        "a string of whole components of a path, `re.compile(...)`, a variable, "
+        "a layer, or a list of these that isn't empty"
     )
 
     def check(self, value: Any) -> Selection:
@@ -33,21 +34,39 @@ class Members(Hyperparameter):
         return value
 
 
+class Multiplier(NonNegative):
+    """Of the learning rate; 1 sets nothing."""
+
+    def __set__(self, group: Group, value: Any) -> None:
+        if group.built and self.check(value) != 1:
+            optimizer = group._engine.optimizer
+            paths = [path for path, _ in optimizer._known]
+            others = [x for x in optimizer.groups if x is not group]
+            for other in others:
+                _check_pair(group, other, [self.name], paths, set_now=True)
+        super().__set__(group, value)
+
+
+# Of what `Group.get_config` returns; version 0.1.0 had none.
+FORMAT = 2
+
+
 @keras.saving.register_keras_serializable("tf_effopt")
 class Group:
-    """Variables with a learning rate and a weight decay of their own, or frozen.
+    r"""Variables with a learning rate and a weight decay of their own, or frozen.
 
-    Pass groups to any optimizer. A variable may be in none of them or in
-    several: their multipliers multiply, the last `weight_decay` counts, and one
-    that is frozen freezes.
+    Pass groups to any optimizer. A variable may be in none of them or in several, of
+    which only one may set its multiplier, one its decay, and one freeze it. (Groups
+    that version 0.1.0 saved go on as they did there: multipliers multiply, and the
+    last `weight_decay` counts.)
 
     The multiplier is part of the learning rate that the rule gets, so that the
     decay, too, is multiplied by it. Both numbers may be changed while training,
     as those of the optimizer: `group.learning_rate_multiplier = 0.5`.
     `exclude_from_weight_decay` wins over each group's decay.
 
-    Groups are saved with the optimizer: patterns as they are, variables and
-    layers by their paths. Where `load_model` numbers automatic names anew, the old
+    Groups are saved with the optimizer: strings and regular expressions as they are,
+    variables and layers by their paths. Where `load_model` numbers automatic names anew, the old
     paths count, as long as shapes, order and the rest of the names are the same.
     `print(optimizer.describe())` shows what became of them.
 
@@ -55,11 +74,13 @@ class Group:
     `trainable = False`: then no gradient is computed for it, and no state kept.
 
     Args:
-        members: a regular expression, which has a match anywhere in a variable's
-            path; a variable; a layer or model, for all of its variables; or a
-            list of these.
+        members: a string of one or more whole components of a variable's path, as
+            `"bias"` or `"block_1/dense"`: `"block_1"` is no `block_10`; a compiled
+            regular expression, which has a match anywhere in a variable's path, as
+            `re.compile(r"norm|block_\d+/bias$")`; a variable; a layer or model, for all
+            of its variables; or a list of these.
         learning_rate_multiplier: float of at least 0, times the optimizer's
-            learning rate.
+            learning rate. 1, the default, sets nothing.
         weight_decay: None for the optimizer's own, or float of at least 0, also
             where the optimizer has none.
         frozen: bool, whether these variables stay as they are. Their gradients
@@ -70,7 +91,9 @@ class Group:
             is False are none of them.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or a string looks like a regular
+            expression. When the optimizer is built: a member isn't there, or two
+            groups set the same thing for one variable.
 
     Example:
 
@@ -91,7 +114,7 @@ class Group:
     """
 
     members = Members()
-    learning_rate_multiplier = NonNegative()
+    learning_rate_multiplier = Multiplier()
     weight_decay = NonNegative(optional=True)
     frozen = Switch()
     optional = Switch()
@@ -100,6 +123,7 @@ class Group:
     built = False
     indices: frozenset[int] = frozenset()  # of its variables, once it is built
     _engine: Any = None
+    may_overlap = False  # whether version 0.1.0 saved it, where numbers multiplied
 
     def __init__(
         self,
@@ -141,10 +165,16 @@ class Group:
                 f"{self!r} has members that are none of the "
                 f"{len(trained.variables)} variables that the optimizer is built on:\n"
                 f"{nothing_found(lost, trained)}\n"
-                "Mend the pattern. Or set `optional=True` in the group, if its members "
-                "may be missing, as those of layers whose `trainable` is False are."
+                "Correct the member: a string is one or more whole components of a path. "
+                "Or set `optional=True` in the group, if its members may be missing, as "
+                "those of layers whose `trainable` is False are."
             )
         self.indices = frozenset(i for of in found for i in of)
+
+    def sets(self, name: str) -> bool:
+        """Whether it sets this argument for its variables."""
+        kept = {"learning_rate_multiplier": 1.0, "weight_decay": None, "frozen": False}
+        return getattr(self, name) != kept[name]
 
     def attach(self, engine: Any) -> None:
         """Called when the optimizer of this group is built."""
@@ -162,7 +192,9 @@ class Group:
 
     def copy(self, memo: dict) -> Group:
         """A new group, for variables that `copy.deepcopy` copied their copies."""
-        return Group(**self._arguments() | {"members": self.members.copy(memo)})
+        other = Group(**self._arguments() | {"members": self.members.copy(memo)})
+        other.may_overlap = self.may_overlap
+        return other
 
     def _arguments(self) -> dict[str, Any]:
         return {
@@ -174,12 +206,27 @@ class Group:
         }
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, with their values now."""
-        return self._arguments() | {"members": self.members.get_config()}
+        """The constructor's arguments, with their values now, and a format mark."""
+        config = self._arguments() | {"members": self.members.get_config()}
+        config["format"] = FORMAT
+        return config | ({"may_overlap": True} if self.may_overlap else {})
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Group:
-        return cls(**config)
+        """Makes a group from what `get_config` returned, here or in version 0.1.0.
+
+        There, strings are regular expressions, and groups that set the same number for
+        a variable have a meaning.
+        """
+        config = dict(config)
+        is_first_format = config.pop("format", None) is None
+        may_overlap = config.pop("may_overlap", is_first_format)
+        saved = config["members"]
+        saved = saved if isinstance(saved, list | tuple) else [saved]
+        config["members"] = Selection.of_saved(saved, not is_first_format)
+        group = cls(**config)
+        group.may_overlap = may_overlap
+        return group
 
     def __repr__(self) -> str:
         defaults = {
@@ -208,6 +255,38 @@ def checked_groups(groups: Any) -> tuple[Group, ...]:
 
 def _is_new(group: Any) -> bool:
     return isinstance(group, Group) and not group.built
+
+
+def check_overlaps(groups: tuple[Group, ...], paths: list[str]) -> None:
+    """Raises `ValueError` if two groups set the same thing for one variable.
+
+    Args:
+        groups: of one optimizer, their variables found.
+        paths: of the optimizer's variables.
+    """
+    names = ["learning_rate_multiplier", "weight_decay", "frozen"]
+    for i, group in enumerate(groups):
+        for other in groups[:i]:
+            _check_pair(other, group, names, paths)
+
+
+def _check_pair(
+    one: Group, other: Group, names: list[str], paths: list[str], set_now: bool = False
+) -> None:
+    """As `check_overlaps`, of two groups; `set_now`: `one` is about to set it."""
+    common = one.indices & other.indices
+    if not common or (one.may_overlap and other.may_overlap):
+        return
+    for name in names:
+        if other.sets(name) and (set_now or one.sets(name)):
+            raise ValueError(
+                f"Two groups set `{name}` for {paths[min(common)]}"
+                + (f" and {len(common) - 1} more variables" if len(common) > 1 else "")
+                + f":\n    {one!r}\n    {other!r}\n"
+                "Each variable may get it from one group only: make their members "
+                "distinct, or one group of what they have in common, with the number "
+                "that is meant there."
+            )
 
 
 def frozen_indices(groups: tuple[Group, ...]) -> frozenset[int]:

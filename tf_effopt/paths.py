@@ -77,6 +77,26 @@ def ends(path: str) -> list[str]:
     return ["/".join(parts[i:]) for i in range(1, len(parts) - 1)]
 
 
+def components(path: str) -> list[str]:
+    """What stands between the slashes, without TensorFlow's ":0" at the end."""
+    return re.sub(r":\d+$", "", path.strip("/")).split("/")
+
+
+def nearest_components(text: str, paths: Iterable[str], n: int = 5) -> list[str]:
+    """The components of paths, as many in a row as a text has, that are likest to it."""
+    size = len(components(text))
+    rows = dict.fromkeys(
+        "/".join(parts[i : i + size])
+        for parts in map(components, paths)
+        for i in range(len(parts) - size + 1)
+    )
+
+    def likeness(row: str) -> float:
+        return difflib.SequenceMatcher(None, text.lower(), row.lower()).ratio()
+
+    return sorted(rows, key=likeness, reverse=True)[:n]
+
+
 def nearest_paths(text: str, paths: Iterable[str], n: int = 5) -> list[str]:
     """The paths that are likest to a text, as a whole or in one component."""
 

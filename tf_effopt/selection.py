@@ -1,7 +1,7 @@
 """Which variables are meant, in a form that can be saved.
 
-By regular expressions on paths, by variables, by layers. A file knows no
-variable: there, variables and layers are paths.
+By components of paths, by regular expressions on them, by variables, by layers. A
+file knows no variable: there, variables and layers are paths.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ from typing import Any
 
 import keras
 
-from tf_effopt.paths import ends, is_variable, nearest_paths, path_of
+from tf_effopt.paths import (
+    components,
+    ends,
+    is_variable,
+    nearest_components,
+    nearest_paths,
+    path_of,
+)
+
+# What no name of a layer or variable is likely to have; a "." within a word is.
+LIKE_A_REGULAR_EXPRESSION = r"[\\^$*+?{}\[\]()|]|(?<!\w)\.|\.(?!\w)"
 
 
 class Trained:
@@ -54,26 +64,84 @@ def _places(paths: Iterable[tuple[int, str]]) -> dict[str, list[int]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pattern:
-    """All variables whose path has a match of a regular expression."""
+class Components:
+    """All variables whose path has these components, one after another.
+
+    Attributes:
+        text: one or more whole components: "dense" is no "dense_1".
+        is_saved: whether a file says it. There, models' names that `load_model`
+            took off the paths may stand in front.
+    """
 
     text: str
+    is_saved: bool = False
 
     @property
     def name(self) -> str:
         return self.text
 
     def find(self, trained: Trained) -> list[int]:
-        return [i for i, p in enumerate(trained.paths) if re.search(self.text, p)]
+        mine = components(self.text)
+        paths = [components(p) for p in trained.paths]
+        n = len(mine)
+        found = [
+            place
+            for place, path in enumerate(paths)
+            if any(path[i : i + n] == mine for i in range(len(path) - n + 1))
+        ]
+        while self.is_saved and not found and len(mine) > 1:
+            mine = mine[1:]
+            found = [i for i, p in enumerate(paths) if p[: len(mine)] == mine]
+        return found
 
-    def copy(self, memo: dict) -> Pattern:
+    def copy(self, memo: dict) -> Components:
         return self
 
     def get_config(self) -> str:
         return self.text
 
+    def nearest(self, trained: Trained) -> str:
+        near = nearest_components(self.text, trained.paths)
+        text = f"the nearest components are {', '.join(map(repr, near))}"
+        part = re.escape(self.text.strip("/"))
+        within = [p for p in trained.paths if re.search(part, p)]
+        if within:
+            text += (
+                f"; `re.compile({part!r})` has a match in {len(within)} paths, such as "
+                f"{within[0]}"
+            )
+        return text
+
     def __repr__(self) -> str:
         return repr(self.text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """All variables whose path has a match of a regular expression."""
+
+    text: str
+    flags: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.text
+
+    @property
+    def compiled(self) -> re.Pattern:
+        return re.compile(self.text, self.flags)
+
+    def find(self, trained: Trained) -> list[int]:
+        return [i for i, p in enumerate(trained.paths) if self.compiled.search(p)]
+
+    def copy(self, memo: dict) -> Pattern:
+        return self
+
+    def get_config(self) -> dict[str, Any]:
+        return {"pattern": self.text, "flags": int(self.compiled.flags)}
+
+    def __repr__(self) -> str:
+        return repr(self.compiled)
 
 
 @dataclasses.dataclass
@@ -178,17 +246,28 @@ def has_no_weights(member: Any) -> bool:
 class Selection:
     """Some of an optimizer's variables."""
 
-    def __init__(self, members: Iterable[Pattern | Reference | Layer] = ()):
+    def __init__(self, members: Iterable[Member] = ()):
         self.members = list(members)
 
     @classmethod
     def of(cls, given: Iterable[Any]) -> Selection:
-        """From patterns, variables and layers, or what `get_config` returned.
+        """From components, patterns, variables and layers, or their configurations.
 
         Raises:
             ValueError: something is none of these.
         """
         return cls(map(_member, given))
+
+    @classmethod
+    def of_saved(cls, saved: Iterable[Any], has_components: bool = False) -> Selection:
+        """From what `get_config` returned.
+
+        Args:
+            has_components: whether strings are components of paths; they are regular
+                expressions in what version 0.1.0 saved.
+        """
+        make = _components_of_file if has_components else pattern
+        return cls(make(x) if isinstance(x, str) else _member(x) for x in saved)
 
     def find(self, trained: Trained) -> list[list[int]]:
         """For each member the places of its variables."""
@@ -208,8 +287,13 @@ class Selection:
         return repr(self.members[0] if len(self.members) == 1 else self.members)
 
 
-def _member(given: Any) -> Pattern | Reference | Layer:
+Member = Components | Pattern | Reference | Layer
+
+
+def _member(given: Any) -> Member:
     if isinstance(given, str):
+        return whole_components(given)
+    if isinstance(given, re.Pattern):
         return pattern(given)
     if isinstance(given, keras.layers.Layer):
         return Layer(given.name, given)
@@ -217,20 +301,45 @@ def _member(given: Any) -> Pattern | Reference | Layer:
         return Reference(path_of(given), variable=given)
     if isinstance(given, dict) and "path" in given:
         return Reference(**given)
+    if isinstance(given, dict) and "pattern" in given:
+        return Pattern(given["pattern"], given["flags"])
     if isinstance(given, dict) and "layer" in given:
         saved = given["variables"]
         references = [Reference(*x) for x in saved or []]
         return Layer(given["layer"], None, references, has_none=saved is None)
-    raise ValueError(f"{given!r} is no regular expression, variable or layer")
+    raise ValueError(
+        f"{given!r} is no component of a path, regular expression, variable or layer"
+    )
 
 
-def pattern(text: Any) -> Pattern:
+def _components_of_file(text: str) -> Components:
+    return Components(text, is_saved=True)
+
+
+def whole_components(text: str) -> Components:
+    """Components of paths, checked."""
+    if re.search(LIKE_A_REGULAR_EXPRESSION, text):
+        raise ValueError(
+            f"{text!r} looks like a regular expression. A string is one or more whole "
+            "components of a path, such as 'dense' or 'block/dense'. Import `re` and "
+            f"pass `re.compile({text!r})` for a regular expression"
+        )
+    if not all(components(text)):
+        raise ValueError(f"{text!r} has a component without a name")
+    return Components(text)
+
+
+def pattern(given: str | re.Pattern) -> Pattern:
     """A regular expression, checked."""
     try:
-        re.compile(text)
+        compiled = re.compile(given)
     except (TypeError, re.error) as error:
-        raise ValueError(f"{text!r}: {error}") from None
-    return Pattern(text)
+        raise ValueError(f"{given!r}: {error}") from None
+    if not isinstance(compiled.pattern, str):
+        raise ValueError(  # noqa: TRY004
+            f"{given!r} is for bytes, and paths are strings"
+        )
+    return Pattern(compiled.pattern, compiled.flags)
 
 
 def decay_exclusions(var_list: Any, var_names: Any) -> Selection:
@@ -257,6 +366,10 @@ def nothing_found(members: list[Any], trained: Trained) -> str:
     """What to say of members of which none is trained."""
     lines = []
     for member in members:
-        near = ", ".join(nearest_paths(member.name, trained.paths))
-        lines.append(f"    {member!r}: the nearest paths are {near or 'none'}")
+        if isinstance(member, Components):
+            near = member.nearest(trained)
+        else:
+            paths = ", ".join(nearest_paths(member.name, trained.paths))
+            near = f"the nearest paths are {paths or 'none'}"
+        lines.append(f"    {member!r}: {near}")
     return "\n".join(lines)
