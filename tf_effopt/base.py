@@ -13,8 +13,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from tf_effopt import description, engine, saving
-from tf_effopt.arguments import constructor_arguments, unknown_argument
+from tf_effopt import description, engine, overrides, saving
+from tf_effopt.arguments import (
+    check_attribute,
+    constructor_arguments,
+    unknown_argument,
+)
 from tf_effopt.checks import (
     as_int,
     checked_gradients,
@@ -215,6 +219,12 @@ class Optimizer(keras.optimizers.Optimizer):
         # The top-level package's name keeps your `Adam` apart from ours.
         package = cls.__module__.partition(".")[0]
         keras.saving.register_keras_serializable(package)(cls)
+        overrides.check_class(cls, (Optimizer,), overrides.IGNORED)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        overrides.check_assignment(self, name, overrides.IGNORED)
+        check_attribute(self, name)
+        super().__setattr__(name, value)
 
     def _check_lazy(self) -> None:
         if not self.lazy:
@@ -259,6 +269,9 @@ class Optimizer(keras.optimizers.Optimizer):
                 another strategy, or a group has a member that isn't there.
         """
         if not self.built:
+            # Once more: a class can be given a method after it was made.
+            overrides.check_class(type(self), (Optimizer,), overrides.IGNORED)
+            overrides.check_instance(self, overrides.IGNORED)
             variables = checked_variables(variables)
             for variable in variables:
                 if not self._overwrite_variable_with_gradient(variable):
@@ -371,6 +384,14 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def _add_slot(self, weight: Any, slot: Slot) -> Any:
         shape = tuple(weight.shape)
+        has_meaning = slot.name in ("average", "compensation")  # of another one there
+        if slot.shape is None and not slot.starts_at_weight and not has_meaning:
+            start = slot.start
+            return self.add_variable_from_reference(
+                weight,
+                name=slot.name,
+                initializer=start if callable(start) else _filled_with(start),
+            )
         return self._add_beside(
             weight,
             slot.name,
@@ -490,6 +511,10 @@ class Optimizer(keras.optimizers.Optimizer):
         factor = self.loss_scale_factor
         if self.built:
             factor = self._engine.number_now("loss_scale_factor")
+        if "float" not in str(getattr(loss, "dtype", "")):
+            if isinstance(loss, float | int) and not keras.ops.is_tensor(factor):
+                return loss * factor
+            loss = keras.ops.cast(loss, keras.backend.floatx())  # a number, or counts
         return loss * keras.ops.cast(factor, loss.dtype)
 
     def _trained_by_gradient_values(self, variables: list[Any]) -> bool:

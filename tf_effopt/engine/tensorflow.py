@@ -215,7 +215,7 @@ class TensorFlowEngine(Engine):
         optimizer = self.optimizer
         return Scalars(
             tf.convert_to_tensor(optimizer._iterations),
-            tf.convert_to_tensor(optimizer._get_current_learning_rate()),
+            tf.convert_to_tensor(optimizer.learning_rate),
             tf.convert_to_tensor(self._pairs),
             _map(tf.convert_to_tensor, _map(_local, self.model_state)),
         )
