@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tf_effopt import description, engine, overrides, saving
+from tf_effopt import description, engine, overrides, representation, saving
 from tf_effopt.arguments import (
     check_attribute,
     constructor_arguments,
@@ -225,6 +225,12 @@ class Optimizer(keras.optimizers.Optimizer):
         overrides.check_assignment(self, name, overrides.IGNORED)
         check_attribute(self, name)
         super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return representation.shown(self, Optimizer, always=("learning_rate",))
+
+    def __str__(self) -> str:
+        return representation.with_a_word_for_tf_keras(self)
 
     def _check_lazy(self) -> None:
         if not self.lazy:
@@ -770,20 +776,29 @@ class Optimizer(keras.optimizers.Optimizer):
             )
         self._decay_exclusions = decay_exclusions(var_list, var_names)
 
-    def describe(self) -> str:
+    def describe(self, of: Any = None) -> str:
         """A table of the variables: shape, rule, learning rate, weight decay.
 
         The learning rate is the multiplier of the variable's groups, as it is now.
+        Works before the first step, too, for the model that was compiled with this
+        optimizer.
 
-        Raises:
-            ValueError: the optimizer isn't built yet.
+        Args:
+            of: a model, or a list of variables, to see what this optimizer would do
+                with them. None: the variables that it was built on, or those of the
+                model that was compiled with it. If there is none, or several, the
+                text says so after the optimizer's settings.
+
+        >>> import keras, tf_effopt
+        >>> model = keras.Sequential(
+        ...     [keras.Input((8,)), keras.layers.Dense(2, name="logits")], name="small")
+        >>> print(tf_effopt.AdamW(groups=[
+        ...     tf_effopt.Group("bias", weight_decay=0.0)]).describe(model))
+        variable             shape   learning rate  weight decay
+        small/logits/kernel  (8, 2)  x 1            0.004
+        small/logits/bias    (2,)    x 1            0
         """
-        if not self.built:
-            raise ValueError(
-                "`describe` needs an optimizer that was built: call "
-                "`optimizer.build(model.trainable_variables)` first."
-            )
-        return description.described(self)
+        return description.described(self, of)
 
     # --------------------------------------------------------------- saving
 

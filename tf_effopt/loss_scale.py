@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from tf_effopt import engine, overrides
+from tf_effopt import engine, overrides, representation
 from tf_effopt.arguments import all_arguments, check_attribute, unknown_argument
 from tf_effopt.base import Optimizer
 from tf_effopt.checks import checked_gradients
@@ -135,6 +135,12 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                     f"Received: {name}={value!r}"
                 )
         super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return representation.shown(self)
+
+    def __str__(self) -> str:
+        return representation.with_a_word_for_tf_keras(self)
 
     def __getattr__(self, name: str) -> Any:
         inner = self.__dict__.get("inner_optimizer")

@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 
+from tf_effopt import legacy_keras
 from tf_effopt.paths import ends, is_variable, nearest_paths, path_of
 
 
@@ -211,6 +212,7 @@ class Selection:
 def _member(given: Any) -> Pattern | Reference | Layer:
     if isinstance(given, str):
         return pattern(given)
+    legacy_keras.refuse(given)
     if isinstance(given, keras.layers.Layer):
         return Layer(given.name, given)
     if is_variable(given):

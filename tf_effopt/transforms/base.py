@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import keras
 
-from tf_effopt import overrides
+from tf_effopt import overrides, representation
 from tf_effopt.arguments import (
     check_arguments,
     check_attribute,
@@ -96,5 +96,6 @@ class Transform:
         return cls(**config)
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
-        return f"{type(self).__name__}({values})"
+        return representation.shown(
+            self, always=tuple(constructor_arguments(type(self)))
+        )
