@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import keras
@@ -59,6 +62,53 @@ def test_a_callable_is_followed_in_fit(jit_compile):
     rate.assign(0.5)
     model.fit(ones, ones, verbose=0)  # of -1
     assert model.get_weights()[0] == 1.0
+
+
+JAX = """
+import keras, numpy as np, tf_effopt
+rate = keras.Variable(0.25)
+model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+ones = np.ones((1, 1))
+model.compile(tf_effopt.SGD(lambda: rate), "mse", auto_scale_loss=False)
+try:
+    model.fit(ones, ones, verbose=0)
+except RuntimeError as error:
+    assert "and not follow it: pass a number" in str(error), error
+else:
+    raise SystemExit("nothing was said")
+w = keras.Variable([1.0])
+optimizer = tf_effopt.SGD(lambda: rate)
+for expected in (0.75, 0.75):  # step by step it is followed
+    optimizer.apply([keras.ops.ones(1)], [w])
+    assert float(w.numpy()[0]) == expected, w
+    rate.assign(0.0)
+
+
+class Doubling(tf_effopt.SGD):
+    def apply(self, grads, trainable_variables=None):
+        super().apply([2 * g for g in grads], trainable_variables)
+
+
+inner = Doubling(0.125)
+print(repr(inner))
+model.compile(tf_effopt.LossScaleOptimizer(inner), "mse")
+model.set_weights([np.zeros((1, 1))])
+model.fit(ones, ones, verbose=0)
+assert abs(model.get_weights()[0][0, 0] - 0.5) < 1e-6, model.get_weights()
+"""
+
+
+def test_on_jax():
+    pytest.importorskip("jax")
+    finished = subprocess.run(
+        [sys.executable, "-c", JAX],
+        check=False,
+        env=os.environ | {"KERAS_BACKEND": "jax"},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "Doubling(learning_rate=0.125)" in finished.stdout
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,10 @@ class Optimizer(keras.optimizers.Optimizer):
     Args:
         learning_rate: float of at least 0, a
             `keras.optimizers.schedules.LearningRateSchedule`, or a callable
-            without arguments. Under accumulation a schedule counts
+            without arguments. `lambda: variable` follows a variable (not on JAX); a
+            Python number that a callable returns is a constant of a graph. Files
+            hold no variable: a named function that is registered with Keras is saved,
+            a lambda isn't followed any more. Under accumulation a schedule counts
             micro-steps, as Keras documents.
         weight_decay: None, or float of at least 0. Decoupled: each update
             takes `learning_rate * weight_decay` of the weight before the
@@ -130,6 +133,11 @@ class Optimizer(keras.optimizers.Optimizer):
             the cost of these rows; else the result equals that of a dense
             gradient. TensorFlow backend only.
         name: string, the optimizer's name.
+
+    A subclass may override what is called: `apply`, `build`, `scale_loss`,
+    `learning_rate`, `add_variable_from_reference` (for slots of the weight's shape),
+    `finalize_variable_values`, the methods for configuration and saving. Keras's other
+    hooks, such as `update_step`, are refused when the class is made.
 
     A gradient that isn't finite, on any replica, changes nothing: no weight,
     no slot, no average, no count; `skipped_steps` tells how often.

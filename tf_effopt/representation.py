@@ -65,13 +65,10 @@ def text(value: Any) -> str:
 
 
 def _number(variable: keras.Variable) -> str:
-    value = variable.value
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
+    from tf_effopt.engine import outside_of_graphs  # which imports transforms
 
-        with tf.init_scope():  # Its value now, also while a graph is traced.
-            return f"{float(value.numpy()):g}"
-    return f"{float(keras.ops.convert_to_numpy(value)):g}"
+    with outside_of_graphs():  # Its value now, also while a graph is traced.
+        return f"{float(keras.ops.convert_to_numpy(variable)):g}"
 
 
 def _value(thing: Any, name: str) -> Any:

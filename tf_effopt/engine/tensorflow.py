@@ -28,6 +28,7 @@ from tf_effopt.paths import path_of
 log = logging.getLogger("tf_effopt")
 
 do_not_convert = tf.autograph.experimental.do_not_convert
+init_scope = tf.init_scope
 
 
 class TensorFlowEngine(Engine):
