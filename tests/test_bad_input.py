@@ -35,7 +35,8 @@ def or_none(kind: tuple[str, list]) -> tuple[str, list]:
 
 def count(low: int) -> tuple[str, list]:
     wrong = [-1, 2.0, 2.5, "2", True, NAN, *([1] if low > 1 else [])]
-    return f"an integer of at least {low} or None", wrong
+    zero = "0" if low == 1 else f"{low}, 0"
+    return f"an integer of at least {zero} or None", wrong
 
 
 SHARED = {

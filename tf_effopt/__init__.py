@@ -68,3 +68,7 @@ __all__ = [
     "rules",
     "transforms",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

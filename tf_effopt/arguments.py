@@ -4,7 +4,45 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+# What other libraries, and Keras 2, call an argument; the first that a class has is
+# meant.
+ALIASES = {
+    "b1": ("beta_1",),
+    "b2": ("beta_2",),
+    "beta1": ("beta_1",),
+    "beta2": ("beta_2",),
+    "decay_rate": ("weight_decay",),
+    "eps": ("epsilon",),
+    "lr": ("learning_rate",),
+    "lr_mult": ("learning_rate_multiplier",),
+    "lr_multiplier": ("learning_rate_multiplier",),
+    "lr_scale": ("learning_rate_multiplier",),
+    "max_grad_norm": ("global_clipnorm",),
+    "max_norm": ("global_clipnorm",),
+    "mu": ("momentum",),
+    "multiplier": ("learning_rate_multiplier",),
+    "rate": ("learning_rate",),
+    "wd": ("weight_decay",),
+}
+# Those for which one name isn't the answer.
+ALIASES_OF_SEVERAL = {
+    "betas": (
+        ("beta_1", "beta_2"),
+        "Pass PyTorch's `betas=(0.9, 0.999)` as `beta_1=0.9, beta_2=0.999`.",
+    ),
+    "decay": (
+        ("learning_rate", "weight_decay"),
+        (
+            "In Keras 2 `decay` lowered the learning rate: pass "
+            "`learning_rate=keras.optimizers.schedules.InverseTimeDecay(...)`. For the "
+            "decay of weights, set `weight_decay`."
+        ),
+    ),
+}
+SHORT = 4  # letters: in names as short as these one letter is a large part
 
 
 def constructor_arguments(cls: type) -> list[str]:
@@ -17,9 +55,27 @@ def constructor_arguments(cls: type) -> list[str]:
     ]
 
 
+def all_arguments(cls: type) -> list[str]:
+    """Those of a class and, after them, of the classes that it derives from."""
+    names: dict[str, None] = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base) and base is not object:
+            names |= dict.fromkeys(constructor_arguments(base))
+    return list(names)
+
+
 def did_you_mean(name: str, known: Iterable[str], quote: str = "") -> str:
     """A hint at the likest name, with a space in front; empty if none is like it."""
     known = list(known)
+    several, advice = ALIASES_OF_SEVERAL.get(name.lower(), ((), ""))
+    if several and set(several) <= set(known):
+        return f" {advice}"
+    several = [x for x in several if x in known]
+    if several:
+        return f" Did you mean {quote}{several[0]}{quote}?"
+    alias = next((x for x in ALIASES.get(name.lower(), ()) if x in known), None)
+    if alias is not None:
+        return f" Did you mean {quote}{alias}{quote}?"
     # By its initials, too: `lr` is the learning rate.
     lower = {"".join(part[:1] for part in k.lower().split("_")): k for k in known}
     lower |= {k.lower(): k for k in known}
@@ -35,3 +91,91 @@ def unknown_argument(cls: type, name: str, *further: type) -> str:
         f"`{cls.__name__}` has no argument `{name}`.{did_you_mean(name, known, '`')} "
         f"It takes: {', '.join(known)}."
     )
+
+
+def check_arguments(cls: type, given: Iterable[str]) -> None:
+    """Refuses keyword arguments that a constructor doesn't take.
+
+    Raises:
+        TypeError: as Python's own, with the name that may be meant.
+    """
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    if any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters):
+        return
+    for name in given:
+        if name not in constructor_arguments(cls):
+            raise TypeError(unknown_argument(cls, name))
+
+
+def check_attribute(
+    thing: Any, name: str, known: Mapping[str, str] | None = None
+) -> None:
+    """Refuses to set a public attribute whose name is that of no setting, but like it.
+
+    A subclass may have attributes of such names: as an argument of its constructor, or
+    in the class's body, if only by an annotation.
+
+    Args:
+        thing: whose attribute is to be set.
+        name: of the attribute.
+        known: names of settings, each with the attribute to set; None: the arguments
+            of the constructor.
+
+    Raises:
+        AttributeError: it is another library's name of a setting, or within two
+            letters of one.
+    """
+    cls = type(thing)
+    if name.startswith("_") or name in thing.__dict__ or _is_declared(cls, name):
+        return
+    mine = all_arguments(cls)
+    if name in mine:
+        return
+    meant = _meant(name, {x: x for x in mine} if known is None else known)
+    if meant is not None:
+        raise AttributeError(
+            f"`{cls.__name__}` has no setting `{name}`, so that setting it would do "
+            f"nothing. {meant} (A subclass that wants an attribute of this name "
+            f"declares it in its body: `{name}: float`.)"
+        )
+
+
+def _is_declared(cls: type, name: str) -> bool:
+    return hasattr(cls, name) or any(
+        name in vars(base).get("__annotations__", ()) for base in cls.__mro__
+    )
+
+
+def _meant(name: str, known: Mapping[str, str]) -> str | None:
+    """What may be meant by a name that isn't known, as an advice; None: nothing."""
+    several, advice = ALIASES_OF_SEVERAL.get(name.lower(), ((), ""))
+    if several and all(x in known for x in several):
+        return advice
+    aliases = (*several, *ALIASES.get(name.lower(), ()))
+    near = next((x for x in aliases if x in known), None)
+    near = near or next(_within_two_letters(name.lower(), known), None)
+    return None if near is None else f"Set `{known[near]}` instead."
+
+
+def _within_two_letters(name: str, known: Iterable[str]) -> Iterator[str]:
+    """The known names at an edit distance of at most 2, the nearest first."""
+    distances = sorted((distance(name, x.lower(), limit=2), x) for x in known)
+    for apart, x in distances:
+        if apart <= (1 if len(x) <= SHORT else 2):
+            yield x
+
+
+def distance(one: str, other: str, limit: int) -> int:
+    """Levenshtein's edit distance; `limit + 1` for what is farther apart.
+
+    >>> distance("momentun", "momentum", limit=2), distance("lr", "rate", limit=2)
+    (1, 3)
+    """
+    if abs(len(one) - len(other)) > limit:
+        return limit + 1
+    row = list(range(len(other) + 1))
+    for i, a in enumerate(one, 1):
+        before, row = row, [i]
+        for j, b in enumerate(other, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (a != b)))
+    return min(row[-1], limit + 1)

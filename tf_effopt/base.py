@@ -13,8 +13,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from tf_effopt import description, engine, saving
-from tf_effopt.arguments import constructor_arguments, unknown_argument
+from tf_effopt import description, engine, overrides, representation, saving
+from tf_effopt.arguments import (
+    check_attribute,
+    constructor_arguments,
+    unknown_argument,
+)
 from tf_effopt.checks import (
     as_int,
     checked_gradients,
@@ -95,7 +99,10 @@ class Optimizer(keras.optimizers.Optimizer):
     Args:
         learning_rate: float of at least 0, a
             `keras.optimizers.schedules.LearningRateSchedule`, or a callable
-            without arguments. Under accumulation a schedule counts
+            without arguments. `lambda: variable` follows a variable (not on JAX); a
+            Python number that a callable returns is a constant of a graph. Files
+            hold no variable: a named function that is registered with Keras is saved,
+            a lambda isn't followed any more. Under accumulation a schedule counts
             micro-steps, as Keras documents.
         weight_decay: None, or float of at least 0. Decoupled: each update
             takes `learning_rate * weight_decay` of the weight before the
@@ -131,6 +138,11 @@ class Optimizer(keras.optimizers.Optimizer):
             the cost of these rows; else the result equals that of a dense
             gradient. TensorFlow backend only.
         name: string, the optimizer's name.
+
+    A subclass may override what is called: `apply`, `build`, `scale_loss`,
+    `learning_rate`, `add_variable_from_reference` (for slots of the weight's shape),
+    `finalize_variable_values`, the methods for configuration and saving. Keras's other
+    hooks, such as `update_step`, are refused when the class is made.
 
     A gradient that isn't finite, on any replica, changes nothing: no weight,
     no slot, no average, no count; `skipped_steps` tells how often.
@@ -221,6 +233,18 @@ class Optimizer(keras.optimizers.Optimizer):
         # The top-level package's name keeps your `Adam` apart from ours.
         package = cls.__module__.partition(".")[0]
         keras.saving.register_keras_serializable(package)(cls)
+        overrides.check_class(cls, (Optimizer,), overrides.IGNORED)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        overrides.check_assignment(self, name, overrides.IGNORED)
+        check_attribute(self, name)
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return representation.shown(self, Optimizer, always=("learning_rate",))
+
+    def __str__(self) -> str:
+        return representation.with_a_word_for_tf_keras(self)
 
     def _check_lazy(self) -> None:
         if not self.lazy:
@@ -265,6 +289,9 @@ class Optimizer(keras.optimizers.Optimizer):
                 another strategy, or a group has a member that isn't there.
         """
         if not self.built:
+            # Once more: a class can be given a method after it was made.
+            overrides.check_class(type(self), (Optimizer,), overrides.IGNORED)
+            overrides.check_instance(self, overrides.IGNORED)
             variables = checked_variables(variables)
             for variable in variables:
                 if not self._overwrite_variable_with_gradient(variable):
@@ -378,6 +405,14 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def _add_slot(self, weight: Any, slot: Slot) -> Any:
         shape = tuple(weight.shape)
+        has_meaning = slot.name in ("average", "compensation")  # of another one there
+        if slot.shape is None and not slot.starts_at_weight and not has_meaning:
+            start = slot.start
+            return self.add_variable_from_reference(
+                weight,
+                name=slot.name,
+                initializer=start if callable(start) else _filled_with(start),
+            )
         return self._add_beside(
             weight,
             slot.name,
@@ -497,6 +532,10 @@ class Optimizer(keras.optimizers.Optimizer):
         factor = self.loss_scale_factor
         if self.built:
             factor = self._engine.number_now("loss_scale_factor")
+        if "float" not in str(getattr(loss, "dtype", "")):
+            if isinstance(loss, float | int) and not keras.ops.is_tensor(factor):
+                return loss * factor
+            loss = keras.ops.cast(loss, keras.backend.floatx())  # a number, or counts
         return loss * keras.ops.cast(factor, loss.dtype)
 
     def _trained_by_gradient_values(self, variables: list[Any]) -> bool:
@@ -752,20 +791,29 @@ class Optimizer(keras.optimizers.Optimizer):
             )
         self._decay_exclusions = decay_exclusions(var_list, var_names)
 
-    def describe(self) -> str:
+    def describe(self, of: Any = None) -> str:
         """A table of the variables: shape, rule, learning rate, weight decay.
 
         The learning rate is the multiplier of the variable's groups, as it is now.
+        Works before the first step, too, for the model that was compiled with this
+        optimizer.
 
-        Raises:
-            ValueError: the optimizer isn't built yet.
+        Args:
+            of: a model, or a list of variables, to see what this optimizer would do
+                with them. None: the variables that it was built on, or those of the
+                model that was compiled with it. If there is none, or several, the
+                text says so after the optimizer's settings.
+
+        >>> import keras, tf_effopt
+        >>> model = keras.Sequential(
+        ...     [keras.Input((8,)), keras.layers.Dense(2, name="logits")], name="small")
+        >>> print(tf_effopt.AdamW(groups=[
+        ...     tf_effopt.Group("bias", weight_decay=0.0)]).describe(model))
+        variable             shape   learning rate  weight decay
+        small/logits/kernel  (8, 2)  x 1            0.004
+        small/logits/bias    (2,)    x 1            0
         """
-        if not self.built:
-            raise ValueError(
-                "`describe` needs an optimizer that was built: call "
-                "`optimizer.build(model.trainable_variables)` first."
-            )
-        return description.described(self)
+        return description.described(self, of)
 
     # --------------------------------------------------------------- saving
 

@@ -21,7 +21,15 @@ def checked_learning_rate(value: Any) -> Any:
         callable(value) and not isinstance(value, type)
     ):
         return value
-    if keras.ops.is_tensor(value) or isinstance(value, keras.Variable):
+    if is_variable(value):
+        raise ValueError(
+            "`learning_rate` can't be a variable, of which only the value now would be "
+            "used. To follow the variable, pass a callable: "
+            "`learning_rate=lambda: variable`. For its value now, pass "
+            "`float(variable)`; `optimizer.learning_rate = 0.1` changes it later. "
+            f"Received: learning_rate={value!r}"
+        )
+    if keras.ops.is_tensor(value):
         try:
             value = keras.ops.convert_to_numpy(value)
         except Exception:  # noqa: BLE001  # Known only when its graph runs.

@@ -1,19 +1,84 @@
-"""What became of each variable of an optimizer, as a table to print."""
+"""The variables of an optimizer, as a table to print."""
 
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Iterable
 from typing import Any
 
-from tf_effopt.groups import frozen_indices
-from tf_effopt.paths import path_of
+import keras
+
+from tf_effopt import legacy_keras
+from tf_effopt.checks import checked_variables
+from tf_effopt.groups import decay_of, frozen_indices, multipliers_of
+from tf_effopt.paths import known_by, path_of
+from tf_effopt.selection import Trained
 
 HEADER = ("variable", "shape", "rule", "learning rate", "weight decay")
 
 
-def described(optimizer: Any) -> str:
-    """One line for each variable that a built optimizer trains."""
-    rows = [HEADER, *(_row(optimizer, i) for i in range(len(_variables(optimizer))))]
+def described(optimizer: Any, of: Any = None) -> str:
+    """One line for each variable that an optimizer trains, or would train.
+
+    Args:
+        optimizer: built or not.
+        of: a model or variables; None: those that it was built on, or else those of the
+            model that was compiled with it.
+    """
+    if of is None and optimizer.built:
+        engine = optimizer._engine
+        return _table(_row(optimizer, i) for i in range(len(engine.variables)))
+    if of is None:
+        models = compiled_with(optimizer)
+        of = models[0] if len(models) == 1 else None
+        if of is None or not of.trainable_variables:
+            return f"{optimizer!r}\n{_why_no_table(models)}"
+    legacy_keras.refuse(of)
+    if isinstance(of, keras.layers.Layer):
+        of = of.trainable_variables
+    variables = checked_variables(of)
+    return _table(_rows_before_build(optimizer, variables))
+
+
+def compiled_with(optimizer: Any) -> list[keras.Model]:
+    """The models that were compiled with an optimizer.
+
+    Keras tells an optimizer nothing of its model before the first step.
+    """
+    models = []
+    for thing in gc.get_objects():
+        # By its type: some objects answer `isinstance` by importing something.
+        if not issubclass(type(thing), keras.Model):
+            continue
+        found = thing.__dict__.get("optimizer")
+        while found is not None and found is not optimizer:
+            found = found.__dict__.get("inner_optimizer")
+        if found is optimizer:
+            models.append(thing)
+    return models
+
+
+def _why_no_table(models: list[keras.Model]) -> str:
+    if len(models) > 1:
+        names = ", ".join(repr(model.name) for model in models)
+        return (
+            f"The models {names} were compiled with it: `optimizer.describe(model)` "
+            "shows the variables of one."
+        )
+    if models:
+        return (
+            f"{models[0].name!r} has no variables yet: call it on a batch, or give it "
+            "an `Input`."
+        )
+    return (
+        "It isn't built yet, so that its variables aren't known: "
+        "`optimizer.describe(model)` shows those of a model."
+    )
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> str:
+    rows = [HEADER, *rows]
     columns = [x for x in zip(*rows, strict=True) if any(x[1:])]
     widths = [max(map(len, column)) for column in columns]
     return "\n".join(
@@ -24,22 +89,68 @@ def described(optimizer: Any) -> str:
     )
 
 
-def _variables(optimizer: Any) -> list[Any]:
-    return optimizer._trainable_variables
-
-
 def _row(optimizer: Any, index: int) -> tuple[str, ...]:
     engine = optimizer._engine
-    weight, v = _variables(optimizer)[index], engine.variables[index]
-    start = path_of(weight), str(tuple(weight.shape))
+    v = engine.variables[index]
+    frozen = index in frozen_indices(optimizer.groups)
+    return _cells(
+        optimizer._trainable_variables[index],
+        frozen,
+        None if v is None else v.part,
+        () if v is None else v.learning_rate_multipliers,
+        None if v is None else v.decay,
+        engine.owners,
+    )
+
+
+def _rows_before_build(optimizer: Any, variables: list[Any]) -> list[tuple[str, ...]]:
+    """The rows that `build` would make; no state is made for them."""
+    known = known_by(variables, optimizer._known)
+    trained = Trained(variables, [path for path, _ in known])
+    copies = [group.copy({}) for group in optimizer.groups]
+    for group in copies:
+        group.find(trained)
+    owners = [optimizer, *copies]
+    numbered = list(enumerate(copies, 1))
+    frozen = frozen_indices(tuple(copies))
+    excluded = {i for of in optimizer._decay_exclusions.find(trained) for i in of}
+    rows = []
+    for i, (part, variable) in enumerate(
+        zip(optimizer.parts(known), variables, strict=True)
+    ):
+        is_value = optimizer._overwrite_variable_with_gradient(variable)
+        kind = getattr(type(optimizer), part.weight_decay)
+        own = None
+        if not kind.is_off(getattr(optimizer, part.weight_decay)):
+            own = 0, part.weight_decay
+        decay = None if i in excluded else decay_of(i, numbered) or own
+        multipliers = multipliers_of(i, numbered)
+        name = None if is_value else part.name
+        rows.append(_cells(variable, i in frozen, name, multipliers, decay, owners))
+    return rows
+
+
+def _cells(
+    variable: Any,
+    is_frozen: bool,
+    rule: str | None,
+    multipliers: Iterable[tuple[int, str]],
+    decay: tuple[int, str] | None,
+    owners: list[Any],
+) -> tuple[str, ...]:
+    start = path_of(variable), str(tuple(variable.shape))
+    if is_frozen:
+        return (*start, rule or "", "frozen", "-")
+    if rule is None:
+        return (*start, "", "is set to its gradient", "-")
 
     def value(owner: int, name: str) -> float:
-        return getattr(engine.owners[owner], name)
+        return getattr(owners[owner], name)
 
-    if index in frozen_indices(optimizer.groups):
-        return (*start, "" if v is None else v.part, "frozen", "-")
-    if v is None:
-        return (*start, "", "is set to its gradient", "-")
-    multiplier = math.prod(value(*place) for place in v.learning_rate_multipliers)
-    decay = "-" if v.decay is None else f"{value(*v.decay):g}"
-    return (*start, v.part, f"x {multiplier:g}", decay)
+    multiplier = math.prod(value(*place) for place in multipliers)
+    return (
+        *start,
+        rule,
+        f"x {multiplier:g}",
+        "-" if decay is None else f"{value(*decay):g}",
+    )

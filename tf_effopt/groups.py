@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import keras
 
+from tf_effopt.arguments import check_arguments, check_attribute
 from tf_effopt.hyperparameters import Hyperparameter, NonNegative, Switch
 from tf_effopt.selection import Selection, Trained, has_no_weights, nothing_found
 
@@ -124,6 +125,14 @@ class Group:
     indices: frozenset[int] = frozenset()  # of its variables, once it is built
     _engine: Any = None
     may_overlap = False  # whether version 0.1.0 saved it, where numbers multiplied
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        check_arguments(cls, kwargs)
+        return super().__new__(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check_attribute(self, name)
+        super().__setattr__(name, value)
 
     def __init__(
         self,

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from tf_effopt.paths import is_variable
+
 TINY = float(np.finfo("float32").tiny)
 HUGE = float(np.finfo("float32").max)
 
@@ -122,6 +124,13 @@ class Number(Hyperparameter):
     def check(self, value: Any) -> float | None:
         if value is None and self.optional:
             return None
+        if is_variable(value):
+            raise ValueError(
+                f"`{self.name}` must be {self.expected}, and not a variable, of which "
+                "only the value now would be used. Pass `float(variable)`, and assign "
+                f"the attribute `{self.name}` when it is to change. "
+                f"Received: {self.name}={value!r}"
+            )
         number = _as_float(value)
         if number is None:
             raise self.error(value)
@@ -231,7 +240,7 @@ class Count(Number):
     """A whole number, or None; 0, too, means "off".
 
     Args:
-        low: the smallest allowed.
+        low: the smallest allowed besides 0, at least 1.
         fixed: whether it can't change once the optimizer is built.
     """
 
@@ -241,7 +250,9 @@ class Count(Number):
 
     @property
     def expected(self) -> str:
-        return f"an integer of at least {self.low} or None"
+        if self.low == 1:
+            return "an integer of at least 0 or None"
+        return f"an integer of at least {self.low}, 0 or None"
 
     def check(self, value: Any) -> int | None:
         if value is None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import keras
 
+from tf_effopt import legacy_keras
 from tf_effopt.engine.keras_hooks import own_history, sublayers
 from tf_effopt.paths import ends, nearest_paths, path_of
 from tf_effopt.rules import Matrices
@@ -202,6 +203,7 @@ def roles(model: keras.Model, override: Mapping[str, str] | None = None) -> Role
     small/logits/kernel  head       (4, 2)
     small/logits/bias    other      (2,)
     """
+    legacy_keras.refuse(model)
     if not getattr(model, "built", False) or not model.weights:
         raise ValueError(
             "`tf_effopt.roles` needs a Keras model whose weights exist. Received: "
@@ -223,6 +225,9 @@ def roles(model: keras.Model, override: Mapping[str, str] | None = None) -> Role
     for _, variable in heads:
         if variable is None:
             continue
+        if id(variable) not in found:  # a weight of a layer that isn't Keras's
+            path, shape = path_of(variable), tuple(variable.shape)
+            found[id(variable)] = role_by_path(path, shape)
         head = dataclasses.replace(found[id(variable)], kind=HEAD)
         found[id(variable)] = _stricter(found[id(variable)], head)
     entries = []
@@ -397,10 +402,34 @@ def _heads(model: Any) -> Iterator[tuple[str, Any]]:
             yield from _heads(layer)
         elif isinstance(layer, keras.layers.Embedding):
             yield name, layer._embeddings  # tied, and so not trained as a head
+        elif layer is None:
+            yield name, None
         else:
-            roles = [] if layer is None else _roles_of(layer)
-            kernels = [v for v, role in roles if role.kind == HIDDEN]
-            yield name, kernels[0] if len(kernels) == 1 else None
+            yield name, _kernel_of_head(layer, tensor.shape[-1])
+
+
+def _kernel_of_head(layer: Any, size: int | None) -> Any:
+    """The kernel of an output layer, or the embedding that it shares; None: unknown.
+
+    Of a layer that holds others, such as the head of a masked language model, the one
+    whose outputs are as many as the model's.
+    """
+    own = [v for v, role in _roles_of(layer) if role.kind == HIDDEN]
+    if own:
+        return own[0] if len(own) == 1 else None
+    if not isinstance(layer, keras.layers.Layer) or size is None:
+        return None
+    within = {id(v): (v, role) for x in sublayers(layer) for v, role in _roles_of(x)}
+    fits = []
+    for variable in layer.weights:
+        shape = tuple(variable.shape)
+        role = within[id(variable)][1] if id(variable) in within else None
+        role = role or role_by_path(path_of(variable), shape)
+        is_tied = role.kind == EMBEDDING and shape[0] == size
+        is_kernel = role.kind in (HIDDEN, HEAD) and shape[-1] == size
+        if is_tied or is_kernel:
+            fits.append(variable)
+    return fits[0] if len(fits) == 1 else None
 
 
 def _behind_weightless(tensor: Any) -> Any:

@@ -9,7 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from tf_effopt import engine
+from tf_effopt import engine, overrides, representation
+from tf_effopt.arguments import all_arguments, check_attribute, unknown_argument
 from tf_effopt.base import Optimizer
 from tf_effopt.checks import checked_gradients
 from tf_effopt.hyperparameters import Hyperparameter, Integer, Positive
@@ -23,6 +24,21 @@ OF_THE_INNER_OPTIMIZER = (
     "transforms",
     "use_evaluation_weights",
     "use_training_weights",
+)
+
+
+# Arguments that files of earlier versions of Keras hold; it checks their values.
+OLD_ARGUMENTS = (
+    "dynamic",
+    "weight_decay",
+    "clipnorm",
+    "global_clipnorm",
+    "clipvalue",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
 )
 
 
@@ -76,6 +92,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 "`inner_optimizer` must be an optimizer, such as "
                 f"`tf_effopt.Adam(1e-3)`. Received: inner_optimizer={inner_optimizer!r}"
             )
+        if isinstance(inner_optimizer, Optimizer):
+            overrides.check_inner(inner_optimizer, Optimizer)
+        for argument in kwargs:
+            if argument not in OLD_ARGUMENTS:
+                raise ValueError(unknown_argument(LossScaleOptimizer, argument))
         checked = _Arguments(initial_scale, dynamic_growth_steps)
         super().__init__(
             inner_optimizer,
@@ -86,16 +107,40 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         )
         self._state_to_load = None
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        overrides.check_class(cls, LossScaleOptimizer.__mro__, IGNORED)
+
     def __setattr__(self, name: str, value: Any) -> None:
         inner = self.__dict__.get("inner_optimizer")
-        if inner is not None and isinstance(
-            getattr(type(inner), name, None), Hyperparameter
-        ):
+        overrides.check_assignment(self, name, IGNORED)
+        is_inner = isinstance(getattr(type(inner), name, None), Hyperparameter)
+        # Keras sets this one to None: two factors would multiply.
+        if is_inner and not (name == "loss_scale_factor" and value is None):
             raise AttributeError(
                 f"{name!r} is the inner optimizer's: set "
                 f"`optimizer.inner_optimizer.{name}`. Received: {name}={value!r}"
             )
+        check_attribute(self, name)
+        if isinstance(inner, Optimizer):
+            known = {x: f"inner_optimizer.{x}" for x in all_arguments(type(inner))}
+            check_attribute(self, name, known)
+        if isinstance(kind := vars(_Arguments).get(name), Hyperparameter):
+            value = kind.check(value)
+            if self.__dict__.get("built") and value != getattr(self, name):
+                raise AttributeError(
+                    f"`{name}` can't change after the optimizer was built: the compiled "
+                    "step holds it. The scale now may be set: "
+                    "`optimizer.dynamic_scale.assign(...)`. "
+                    f"Received: {name}={value!r}"
+                )
         super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return representation.shown(self)
+
+    def __str__(self) -> str:
+        return representation.with_a_word_for_tf_keras(self)
 
     def __getattr__(self, name: str) -> Any:
         inner = self.__dict__.get("inner_optimizer")
@@ -117,6 +162,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             return super().apply(grads, trainable_variables)
         grads = checked_gradients(grads)
         variables = inner.matching_variables(grads, trainable_variables)
+        if overrides.overrides(inner, "apply", Optimizer):
+            # It may do anything with the gradients: as with Keras's, it is called if
+            # they are finite, and not if they aren't.
+            return super().apply(grads, variables)
         if not self.built:
             self.build(variables)
         unscaled = [
@@ -210,6 +259,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def _assign_own(self, state: list[np.ndarray]) -> None:
         for variable, value in zip(self._variables, state, strict=False):
             variable.assign(value)
+
+
+IGNORED = overrides.IGNORED | overrides.IGNORED_BY_LOSS_SCALE
 
 
 class _Arguments:

@@ -13,9 +13,11 @@ import keras
 
 def is_variable(thing: Any) -> bool:
     """Whether this is a variable of Keras or of its backend."""
-    return isinstance(thing, keras.Variable) or (
-        hasattr(thing, "assign") and hasattr(thing, "dtype")
+    is_of_tensorflow = hasattr(thing, "assign") and hasattr(thing, "dtype")
+    is_of_torch = (
+        hasattr(thing, "requires_grad") and type(thing).__name__ == "Parameter"
     )
+    return isinstance(thing, keras.Variable) or is_of_tensorflow or is_of_torch
 
 
 def path_of(variable: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 
+from tf_effopt import legacy_keras
 from tf_effopt.paths import (
     components,
     ends,
@@ -295,6 +296,7 @@ def _member(given: Any) -> Member:
         return whole_components(given)
     if isinstance(given, re.Pattern):
         return pattern(given)
+    legacy_keras.refuse(given)
     if isinstance(given, keras.layers.Layer):
         return Layer(given.name, given)
     if is_variable(given):

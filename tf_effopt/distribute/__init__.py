@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from tf_effopt.distribute.compression import compress_gradients
@@ -22,5 +23,15 @@ def __getattr__(name: str) -> Any:
     # On demand: these modules import TensorFlow, which other backends don't need.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ImportError(
+            f"`tf_effopt.distribute.{name}` needs TensorFlow, which isn't installed. "
+            "Install it by one of the extras `pip install 'tf_effopt[cpu]'`, "
+            "`'tf_effopt[gpu]'` or `'tf_effopt[tpu]'`."
+        )
     home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
     return getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

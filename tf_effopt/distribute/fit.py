@@ -13,6 +13,7 @@ import keras
 import tensorflow as tf
 from keras import tree
 
+from tf_effopt import legacy_keras
 from tf_effopt.distribute import (
     added_losses,
     hooks,
@@ -98,6 +99,7 @@ def prepare(model: keras.Model) -> keras.Model:
         ValueError: the model isn't compiled. Later, `fit` raises it for a metric that
             was made outside of the scope.
     """
+    legacy_keras.refuse(model)
     if not model.compiled:
         raise ValueError(
             "`prepare` takes a compiled model: call `model.compile(...)` first. "

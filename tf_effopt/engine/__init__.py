@@ -6,6 +6,7 @@ the gradients and writes what it returns.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,15 @@ def without_autograph(function: Callable) -> Callable:
     from tf_effopt.engine.tensorflow import do_not_convert
 
     return do_not_convert(function)
+
+
+def outside_of_graphs() -> contextlib.AbstractContextManager:
+    """The context in which a variable has a value while a graph is traced."""
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    from tf_effopt.engine.tensorflow import init_scope
+
+    return init_scope()
 
 
 def is_sparse(gradient: Any) -> bool:

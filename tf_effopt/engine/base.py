@@ -186,7 +186,7 @@ class Engine:
         optimizer = self.optimizer
         return Scalars(
             ops.convert_to_tensor(optimizer._iterations.value),
-            ops.convert_to_tensor(optimizer._get_current_learning_rate()),
+            ops.convert_to_tensor(optimizer.learning_rate),
             ops.convert_to_tensor(self.hyperparameters()),
             values(self.model_state),
         )

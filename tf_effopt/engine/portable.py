@@ -15,6 +15,7 @@ from keras import ops
 from tf_effopt.engine import stages
 from tf_effopt.engine.base import Engine, values
 from tf_effopt.engine.inputs import Inputs
+from tf_effopt.engine.plan import Scalars
 
 
 class PortableEngine(Engine):
@@ -36,6 +37,27 @@ class PortableEngine(Engine):
                 "new optimizer and `compile` again, or use the TensorFlow "
                 "backend, where each number may change."
             )
+
+    def scalars(self) -> Scalars:
+        rate = self.optimizer.learning_rate
+        is_of_user = rate is not self.optimizer._learning_rate
+        if self.backend == "jax" and isinstance(rate, keras.Variable) and is_of_user:
+            import jax
+
+            is_traced = [
+                isinstance(v.value, jax.core.Tracer)
+                for v in (self.optimizer._iterations, rate)
+            ]
+            if is_traced == [True, False]:
+                raise RuntimeError(
+                    "On Keras's JAX backend the compiled train step would hold the "
+                    "value now of the variable that the callable `learning_rate` "
+                    "returns, and not follow it: pass a number and assign "
+                    "`optimizer.learning_rate = ...`, or pass a schedule. Received: "
+                    f"learning_rate={self.optimizer._learning_rate!r}, which returned "
+                    f"{rate!r}"
+                )
+        return super().scalars()
 
     def apply(self, gradients: list[Any], indices: list[int]) -> Any:
         with _no_grad(self.backend):

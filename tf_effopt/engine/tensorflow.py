@@ -28,6 +28,7 @@ from tf_effopt.paths import path_of
 log = logging.getLogger("tf_effopt")
 
 do_not_convert = tf.autograph.experimental.do_not_convert
+init_scope = tf.init_scope
 
 
 class TensorFlowEngine(Engine):
@@ -215,7 +216,7 @@ class TensorFlowEngine(Engine):
         optimizer = self.optimizer
         return Scalars(
             tf.convert_to_tensor(optimizer._iterations),
-            tf.convert_to_tensor(optimizer._get_current_learning_rate()),
+            tf.convert_to_tensor(optimizer.learning_rate),
             tf.convert_to_tensor(self._pairs),
             _map(tf.convert_to_tensor, _map(_local, self.model_state)),
         )

@@ -276,7 +276,7 @@ class Muon(Optimizer):
     def build(self, variables):
         is_new = not self.built
         super().build(variables)
-        if is_new and self.roles is None:
+        if is_new:
             self._warn_of_routing()
 
     def _warn_of_routing(self):
@@ -286,7 +286,16 @@ class Muon(Optimizer):
             for (path, shape), part in zip(self._known, parts, strict=True)
             if len(shape) > 1
         ]
-        if any(row.startswith("muon") for row in rows):
+        if self._known and all(part is ADAMW for part in parts):
+            lora = any("lora" in path.lower() for path, _ in self._known)
+            why = " (adapters of LoRA aren't hidden matrices)" if lora else ""
+            warnings.warn(
+                f"{self.name} trains no variable by Muon: none of the "
+                f"{len(parts)} is a hidden matrix{why}, so that AdamW trains all. Use "
+                "`tf_effopt.AdamW`, or see `print(optimizer.describe())`.",
+                stacklevel=3,
+            )
+        elif self.roles is None and any(row.startswith("muon") for row in rows):
             table = "\n".join(rows)
             warnings.warn(
                 f"{self.name} goes by the paths and shapes of the variables:\n{table}\n"

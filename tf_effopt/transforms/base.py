@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import keras
 
-from tf_effopt.arguments import constructor_arguments
+from tf_effopt import overrides, representation
+from tf_effopt.arguments import (
+    check_arguments,
+    check_attribute,
+    constructor_arguments,
+)
 from tf_effopt.rules import ModelRule
 
 
@@ -56,6 +61,16 @@ class Transform:
         super().__init_subclass__(**kwargs)
         package = cls.__module__.partition(".")[0]
         keras.saving.register_keras_serializable(package)(cls)
+        overrides.check_hyperparameters(cls)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        check_arguments(cls, kwargs)
+        return super().__new__(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        overrides.check_assignment(self, name, {})
+        check_attribute(self, name)
+        super().__setattr__(name, value)
 
     def attach(self, engine: Any) -> None:
         """Called when an optimizer with this transform is built."""
@@ -81,5 +96,6 @@ class Transform:
         return cls(**config)
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
-        return f"{type(self).__name__}({values})"
+        return representation.shown(
+            self, always=tuple(constructor_arguments(type(self)))
+        )
