@@ -117,6 +117,7 @@ IGNORED_BY_LOSS_SCALE = {
         "_stateless_handle_finite_grads",
         "_stateless_handle_non_finite_grads",
         "_tf_apply",
+        "_unscale_grads",
         "check_finite",
     )
 }
