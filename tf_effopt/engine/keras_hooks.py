@@ -6,6 +6,7 @@ an import under a newer Keras, looks at.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import keras
@@ -49,6 +50,20 @@ def own_history(tensor: Any) -> tuple[Any, list[Any]]:
 def has_value(variable: keras.Variable) -> bool:
     """Not so on JAX while `fit` has the values in its compiled step."""
     return variable._value is not None
+
+
+def skips_mismatches() -> bool:
+    """Whether Keras is loading weights with `skip_mismatch=True`.
+
+    It doesn't tell what it loads, so this looks at the functions that are running.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("keras.") and "skip_mismatch" in frame.f_locals:
+            return bool(frame.f_locals["skip_mismatch"])
+        frame = frame.f_back
+    return False
 
 
 def missing() -> list[str]:
