@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from typing import Any
 
@@ -62,7 +63,6 @@ TOOLS = {
     "eagerly": eagerly,
     "profiler": profiler,
 }
-every_tool = pytest.mark.parametrize("tool", TOOLS)
 
 
 def optimizer() -> tf_effopt.Optimizer:
@@ -107,8 +107,16 @@ def assert_near(model: keras.Model, expected: list[np.ndarray]) -> None:
         np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
 
 
-@every_tool
-@pytest.mark.parametrize("way", WAYS)
+SLOW = {("dump", "fit"), ("dump", "function"), ("profiler", "eager")}
+
+
+@pytest.mark.parametrize(
+    ("tool", "way"),
+    [
+        pytest.param(*both, marks=pytest.mark.slow) if both in SLOW else both
+        for both in itertools.product(TOOLS, WAYS)
+    ],
+)
 def test_a_tool_changes_no_training(tool, way, expected, tmp_path, caplog):
     """On before the first step, off, then on again after it."""
     model = cases.compiled_model(optimizer())
@@ -130,8 +138,8 @@ def test_a_tool_changes_no_training(tool, way, expected, tmp_path, caplog):
 
 def compiled(model: keras.Model) -> list[bool]:
     """Whether each program is compiled by XLA."""
-    programs = sum(model.optimizer._engine._programs.values(), [])
-    return [bool(p.run_function._jit_compile) for p in programs]
+    programs = model.optimizer._engine._programs.values()
+    return [bool(p.run_function._jit_compile) for of in programs for p in of]
 
 
 def test_what_ran_compiled_is_compiled_again_when_the_tool_is_off(tmp_path):
@@ -167,6 +175,7 @@ def test_no_false_alarm_where_a_gradient_is_zero(case, tmp_path):
 
 
 def test_tensorboard_profiles_a_training(expected, tmp_path):
+    pytest.importorskip("tensorboard")
     model = cases.compiled_model(optimizer())
     board = keras.callbacks.TensorBoard(tmp_path, profile_batch=1)
     model.fit(X, Y, batch_size=8, shuffle=False, verbose=0, callbacks=[board])

@@ -871,16 +871,18 @@ class Optimizer(keras.optimizers.Optimizer):
         self._may_skip_state = keras_hooks.skips_mismatches()
         if self.built:
             self._assign_state(state)
-        elif len(state) > len(self.variables):
-            self._state_to_load = state
-            for variable, value in zip(self._numbers(), state, strict=False):
-                if value.shape == ():  # else it isn't this optimizer's: `build` says so
-                    variable.assign(value)
-        else:
+        elif saving.is_untrained(state) or saving.fits(
+            self._in_this_layout(state), self.variables
+        ):
             self._assign_state(state)
             if int(self._iterations) > 0:
                 # It has trained, so `build` must not add slots to this state.
                 self._state_to_load = state
+        else:
+            self._state_to_load = state
+            for variable, value in zip(self._numbers(), state, strict=False):
+                if value.shape == ():  # else it isn't this optimizer's: `build` says so
+                    variable.assign(value)
 
     def set_weights(self, weights: list[Any]) -> None:
         """Sets the state, as Keras's; before `build` it waits, as what was loaded.

@@ -80,6 +80,8 @@ def missing() -> list[str]:
     averaged.build([keras.Variable([0.0])])
     absent += [f"Optimizer().{name}" for name in STATE if not hasattr(averaged, name)]
     absent += [f"Layer.{x}" for x in LAYER if not hasattr(keras.layers.Layer, x)]
+    if "skip_mismatch" not in inspect.signature(keras.Model.load_weights).parameters:
+        absent.append("Model.load_weights(skip_mismatch)")
     tensor = keras.Input((1,))
     absent += [f"KerasTensor.{x}" for x in TENSOR if not hasattr(tensor, x)]
     variable = keras.Variable(0.0)

@@ -14,4 +14,4 @@ from tensorflow.python.eager import context  # There is no public name for it.
 
 def watchers() -> tuple[Callable, ...]:
     """What TensorFlow calls for each operation of this thread."""
-    return tuple(context.context().op_callbacks)
+    return tuple(getattr(context.context(), "op_callbacks", ()))
