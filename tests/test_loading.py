@@ -31,10 +31,8 @@ def saved(optimizer: Any) -> dict[str, np.ndarray]:
 @functools.cache
 def trained_on(name: str, shape: tuple, rates: str) -> tf_effopt.Optimizer:
     """An optimizer that made one step."""
-    optimizer, ones = (
-        BY_NAME[name].make(learning_rate=RATES[rates][0]),
-        np.ones(shape, "float32"),
-    )
+    optimizer = BY_NAME[name].make(learning_rate=RATES[rates][0])
+    ones = np.ones(shape, "float32")
     optimizer.apply([ones], [keras.Variable(ones)])
     return optimizer
 
@@ -46,7 +44,7 @@ def trained_on(name: str, shape: tuple, rates: str) -> tf_effopt.Optimizer:
 def test_the_rate_that_was_asked_for_and_the_moments_of_the_file(
     name, rates, shape, built
 ):
-    theirs, mine = RATES[rates]
+    mine = RATES[rates][1]
     trained = trained_on(name, shape, rates)
     ones, store = np.ones(shape, "float32"), saved(trained)
     optimizer, weight = BY_NAME[name].make(learning_rate=mine), keras.Variable(ones)
