@@ -13,7 +13,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from tf_effopt import description, engine, overrides, representation, saving
+from tf_effopt import (
+    copies,
+    description,
+    engine,
+    overrides,
+    representation,
+    saving,
+)
 from tf_effopt.arguments import (
     check_attribute,
     constructor_arguments,
@@ -189,6 +196,8 @@ class Optimizer(keras.optimizers.Optimizer):
         name=None,
         **kwargs,
     ):
+        exclusions = kwargs.pop(EXCLUSIONS, None)
+        built_on = kwargs.pop(BUILT_ON, ())
         if kwargs:
             raise ValueError(
                 unknown_argument(type(self), next(iter(kwargs)), Optimizer)
@@ -199,7 +208,7 @@ class Optimizer(keras.optimizers.Optimizer):
                 "staticmethod(my_rule)` in the class; see `tf_effopt.Optimizer`."
             )
         super().__init__(
-            checked_learning_rate(learning_rate),
+            checked_learning_rate(copies.deserialized(learning_rate)),
             weight_decay=weight_decay,
             clipnorm=clipnorm,
             clipvalue=clipvalue,
@@ -215,6 +224,7 @@ class Optimizer(keras.optimizers.Optimizer):
         self.rounding = rounding
         self.lazy = lazy
         # Past Keras's and TensorFlow's tracking, which would wrap the lists.
+        transforms, groups = map(copies.deserialized, (transforms, groups))
         self.__dict__["_transforms"] = checked_transforms(transforms)
         self.__dict__["_groups"] = checked_groups(groups)
         self._check_lazy()
@@ -227,6 +237,17 @@ class Optimizer(keras.optimizers.Optimizer):
         self._known: list[tuple[str, tuple[int, ...]]] = []  # what it was built on
         self._known_before: list[tuple[str, tuple[int, ...]]] = []  # and some more
         self._state_to_load = None
+        self._numbers_before: list[np.ndarray] = []  # this was loaded
+        self._may_skip_state = False
+        self._unpickled_from: copies.Origin | None = None
+        self._set_from_config(exclusions, built_on)
+
+    def _set_from_config(self, exclusions: Any, built_on: Any) -> None:
+        """What a configuration has besides the constructor's arguments."""
+        if exclusions:
+            self._decay_exclusions = Selection.of_saved(exclusions)
+        if built_on:
+            self._known = [(path, tuple(shape)) for path, shape in built_on]
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -293,6 +314,10 @@ class Optimizer(keras.optimizers.Optimizer):
             overrides.check_class(type(self), (Optimizer,), overrides.IGNORED)
             overrides.check_instance(self, overrides.IGNORED)
             variables = checked_variables(variables)
+            if not variables:
+                return  # So Keras builds the optimizer of a model that it loads of `.h5`.
+            if self._unpickled_from is not None:
+                self._check_origin(variables)
             for variable in variables:
                 if not self._overwrite_variable_with_gradient(variable):
                     check_dtype(variable)
@@ -307,8 +332,17 @@ class Optimizer(keras.optimizers.Optimizer):
                 self._engine.build(state, self._build_model_state(state))
         if self._state_to_load is not None:
             with self._engine.building():
-                state, self._state_to_load = self._pending_state(), None
-                self._assign_state(state)
+                self._assign_pending_state()
+
+    def _check_origin(self, variables: list[Any]) -> None:
+        """That the state that came with a pickle is of these variables."""
+        keys = [self._var_key(v) for v in variables]
+        with self._engine.building():
+            if not self._unpickled_from.is_of(keys, variables):
+                if int(self._iterations) > 0:
+                    raise ValueError(copies.of_another_model(self.name, variables))
+                self._state_to_load = None  # It hasn't trained.
+        self._unpickled_from = None
 
     def _find_members(self, trained: Trained) -> None:
         for group in self.groups:
@@ -558,9 +592,12 @@ class Optimizer(keras.optimizers.Optimizer):
                 f"Received: {len(grads)} gradients for {len(variables)} variables."
             )
         self.build(variables)
-        for variable in variables:
-            if self._var_key(variable) not in self._trainable_variables_indices:
-                raise ValueError(self._unknown_variable(variable))
+        indices = self._trainable_variables_indices
+        unknown = [v for v in variables if self._var_key(v) not in indices]
+        if unknown and len(unknown) == len(variables):
+            raise ValueError(copies.of_another_model(self.name, variables))
+        if unknown:
+            raise ValueError(self._unknown_variable(unknown[0]))
         for g, variable in zip(grads, variables, strict=True):
             if g is not None and not same_shape(g, variable):
                 raise ValueError(
@@ -650,6 +687,8 @@ class Optimizer(keras.optimizers.Optimizer):
         other._engine.gradient_dtype = self._engine.gradient_dtype
         if self._state_to_load is not None:
             other._state_to_load = self._state_to_load
+            other._numbers_before = self._numbers_before
+            other._may_skip_state = self._may_skip_state
             other._iterations.assign(keras.ops.copy(self._iterations.value))
         return other
 
@@ -660,11 +699,31 @@ class Optimizer(keras.optimizers.Optimizer):
         """
         other = self._unbuilt_copy(memo=memo)
         memo[id(self)] = other
+        other._unpickled_from = self._unpickled_from
         if self.built:
-            other.build([memo.get(id(v), v) for v in self._trainable_variables])
+            copied = copies.copied_variables(memo)
+            other.build([copied.get(id(v), v) for v in self._trainable_variables])
             for mine, copied in zip(self.variables, other.variables, strict=True):
                 copied.assign(keras.ops.copy(mine.value))
         return other
+
+    def __reduce__(self) -> tuple:
+        """`pickle`'s: with the state, which waits for `build`."""
+        return copies.reduced(super().__reduce__(), self)
+
+    def __sklearn_clone__(self) -> Optimizer:
+        """scikit-learn's `clone`, whose copies are to be fitted anew."""
+        return copies.fresh(self)
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict:
+        """TensorFlow's: what is saved below this object."""
+        children = super()._trackable_children(save_type, **kwargs)
+        if save_type == "savedmodel":
+            # A function that calls `apply` takes them along. In a checkpoint they'd
+            # be missing from every file of Keras's optimizers, and of earlier versions.
+            own = self._engine.untracked_variables()
+            children |= {f"_engine{name}": x for name, x in own.items()}
+        return children
 
     @property
     def skipped_steps(self) -> int | None:
@@ -846,9 +905,7 @@ class Optimizer(keras.optimizers.Optimizer):
                 for x in config.get(name, ())
             ]
         optimizer = super().from_config(config, custom_objects=custom_objects)
-        if exclusions:
-            optimizer._decay_exclusions = Selection.of_saved(exclusions)
-        optimizer._known = [(path, tuple(shape)) for path, shape in built_on]
+        optimizer._set_from_config(exclusions, built_on)
         return optimizer
 
     def save_own_variables(self, store: Any) -> None:
@@ -872,26 +929,78 @@ class Optimizer(keras.optimizers.Optimizer):
         state = saving.without_loss_scale(state)
         if not state:
             return  # The file is of a model that wasn't compiled.
+        self._numbers_before = self._numbers_now()
+        self._may_skip_state = keras_hooks.skips_mismatches()
         if self.built:
             self._assign_state(state)
-        elif len(state) > len(self.variables):
-            self._state_to_load = state
-            for variable, value in zip(self._numbers(), state, strict=False):
-                if value.shape == ():  # else it isn't this optimizer's: `build` says so
-                    variable.assign(value)
-        else:
+        elif saving.is_untrained(state) or saving.fits(
+            self._in_this_layout(state), self.variables
+        ):
             self._assign_state(state)
             if int(self._iterations) > 0:
                 # It has trained, so `build` must not add slots to this state.
                 self._state_to_load = state
+        else:
+            self._state_to_load = state
+            for variable, value in zip(self._numbers(), state, strict=False):
+                if value.shape == ():  # else it isn't this optimizer's: `build` says so
+                    variable.assign(value)
+
+    def set_weights(self, weights: list[Any]) -> None:
+        """Sets the state, as Keras's; before `build` it waits, as what was loaded.
+
+        Args:
+            weights: values of this optimizer's `variables`, in their order.
+
+        Raises:
+            ValueError: the state is that of another optimizer or model.
+        """
+        values = map(keras.ops.convert_to_numpy, weights)
+        self.load_own_variables({str(i): value for i, value in enumerate(values)})
 
     def _pending_state(self) -> list[np.ndarray]:
         """The state that waits for `build`; what may have changed since, as it is now."""
-        state = list(self._state_to_load)
-        for i, variable in enumerate(self._numbers()):
-            if state[i].shape == ():
-                state[i] = keras.ops.convert_to_numpy(variable)
+        state, numbers = list(self._state_to_load), self._numbers_now()
+        state[0] = numbers[0]
+        if len(numbers) > 1 and self._has_rate(state):
+            state[1] = numbers[1]
         return state
+
+    def _has_rate(self, state: list[np.ndarray]) -> bool:
+        """Whether a state that waits has a learning rate."""
+        if len(state) < 2 or state[1].shape != ():
+            return False
+        # A scalar weight's first slot looks like one.
+        lacks = self.built and saving.fits([state[0], *state], self.variables)
+        return not lacks
+
+    def _assign_pending_state(self) -> None:
+        state, loaded = self._pending_state(), self._state_to_load
+        self._state_to_load = None
+        if not self._has_rate(loaded):
+            self._put_numbers_back(loaded, first=1)
+        try:
+            self._assign_state(state)
+        except ValueError as error:
+            if not self._may_skip_state:
+                raise
+            self._put_numbers_back(loaded)
+            warnings.warn(
+                f"{self.name}: the training starts with no state, since the weights "
+                f"were loaded with `skip_mismatch=True`. {error}",
+                stacklevel=4,
+            )
+
+    def _put_numbers_back(self, loaded: list[np.ndarray], first: int = 0) -> None:
+        """Undoes what loading has set before `build`, unless it was changed since."""
+        for variable, value, before in list(
+            zip(self._numbers(), loaded, self._numbers_before, strict=False)
+        )[first:]:
+            if value.shape == () and value == keras.ops.convert_to_numpy(variable):
+                variable.assign(before)
+
+    def _numbers_now(self) -> list[np.ndarray]:
+        return [np.array(keras.ops.convert_to_numpy(v)) for v in self._numbers()]
 
     def _numbers(self) -> list[keras.Variable]:
         """What is there before `build`, and first in the state.
@@ -902,21 +1011,33 @@ class Optimizer(keras.optimizers.Optimizer):
         return [self._iterations, *([rate] if isinstance(rate, keras.Variable) else [])]
 
     def _assign_state(self, state: list[np.ndarray]) -> None:
-        variables = self.variables
         if saving.is_untrained(state):
-            variables = self._numbers()
-            state = state[: len(variables)]  # A schedule takes no learning rate.
-        if not saving.fits(state, variables):
-            first = self._slots_start
-            slots = self.convert_keras_slots(state[first:], steps=int(state[0]))
-            if slots is not None:
-                state = state[:first] + slots
+            for variable, value in zip(self._numbers(), state, strict=False):
+                variable.assign(value)
+            return
+        variables = self.variables
+        state = self._in_this_layout(state)
         if self._known_before and not saving.fits(state, variables):
             self._assign_some_of(state)
             return
         saving.check_fits(self.name, state, variables)
         for variable, value in zip(variables, state, strict=True):
             variable.assign(value)
+
+    def _in_this_layout(self, state: list[np.ndarray]) -> list[np.ndarray]:
+        """The state as this optimizer has it, if it can be brought to that."""
+        for candidate in saving.with_rate_as(state, self._numbers_now()):
+            if saving.fits(candidate, self.variables):
+                return candidate
+            if not self.built:
+                continue
+            first = self._slots_start
+            slots = self.convert_keras_slots(candidate[first:], steps=int(candidate[0]))
+            if slots is not None and saving.fits(
+                candidate[:first] + slots, self.variables
+            ):
+                return candidate[:first] + slots
+        return state
 
     def _assign_some_of(self, state: list[np.ndarray]) -> None:
         """Assigns what is of the variables that are still trained."""

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from tf_effopt import engine, overrides, representation
+from tf_effopt import copies, engine, overrides, representation
 from tf_effopt.arguments import all_arguments, check_attribute, unknown_argument
 from tf_effopt.base import Optimizer
 from tf_effopt.checks import checked_gradients
@@ -86,6 +86,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         name=None,
         **kwargs,
     ):
+        inner_optimizer = copies.deserialized(inner_optimizer)
         is_optimizer = isinstance(inner_optimizer, keras.optimizers.Optimizer)
         if not is_optimizer:
             raise ValueError(
@@ -150,6 +151,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def build(self, var_list: list[Any]) -> None:
         """Makes the state for `var_list`, and assigns what was loaded before."""
+        if not var_list:
+            return  # As Keras builds it that loads a model's `.h5`.
         super().build(var_list)
         if self._state_to_load is not None:
             self._assign_own(self._state_to_load)
@@ -217,6 +220,16 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         memo[id(self)] = other
         return other
 
+    def __reduce__(self) -> tuple:
+        return copies.reduced(super().__reduce__(), self)
+
+    def __sklearn_clone__(self) -> LossScaleOptimizer:
+        config = self.get_config()
+        inner = self.inner_optimizer
+        if isinstance(inner, Optimizer):
+            config["inner_optimizer"] = copies.fresh(inner)
+        return type(self)(**config)
+
     def _with_state_of_the_scale(self, inner: Any) -> LossScaleOptimizer:
         config = self.get_config() | {"inner_optimizer": inner}
         other = type(self)(**config)
@@ -255,6 +268,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self._assign_own(own)  # Nothing, if the state is another optimizer's.
         else:
             self._state_to_load = own
+
+    def set_weights(self, weights: list[Any]) -> None:
+        """Sets the state, which waits for `build` if need be."""
+        values = map(ops.convert_to_numpy, weights)
+        self.load_own_variables({str(i): value for i, value in enumerate(values)})
 
     def _assign_own(self, state: list[np.ndarray]) -> None:
         for variable, value in zip(self._variables, state, strict=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,25 @@ def is_untrained(state: list[np.ndarray]) -> bool:
     """Whether it is that of an optimizer before `build`: nothing but its numbers."""
     numbers = len(state) <= 2 and all(x.shape == () for x in state)
     return bool(state) and numbers and int(state[0]) == 0
+
+
+def with_rate_as(
+    state: list[np.ndarray], numbers: list[np.ndarray]
+) -> Iterator[list[np.ndarray]]:
+    """The state as it is, then as it is with a learning rate or without one.
+
+    A schedule has none in the state. That of the file doesn't count where either has
+    a schedule.
+
+    Args:
+        state: as it was saved.
+        numbers: the optimizer's, as they are: with its learning rate, or without.
+    """
+    yield state
+    if len(numbers) > 1:
+        yield [*state[:1], numbers[1], *state[1:]]
+    elif len(state) > 1 and state[1].shape == ():
+        yield [*state[:1], *state[2:]]
 
 
 def _starts_with(state: list[np.ndarray], kinds: str) -> bool:

@@ -195,6 +195,10 @@ class Engine:
         """Writes a variable outside of a step."""
         variable.assign(value)
 
+    def untracked_variables(self) -> dict[str, Any]:
+        """What this engine keeps in variables that neither Keras nor a file knows."""
+        return {}
+
     def skipped_steps(self) -> int | None:
         """Steps skipped because the gradient wasn't finite."""
         raise NotImplementedError

@@ -23,6 +23,7 @@ from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.matrices import Share
 from tf_effopt.engine.plan import OPTIMIZER, Plan, Scalars, TrainedVariable
 from tf_effopt.engine.sparse import Rows
+from tf_effopt.engine.watching import watchers
 from tf_effopt.paths import path_of
 
 log = logging.getLogger("tf_effopt")
@@ -40,7 +41,7 @@ class TensorFlowEngine(Engine):
         self._programs: dict[tuple, list[Program]] = {}
         self._pairs: tf.Variable | None = None
         self._skipped: tf.Variable | None = None
-        self._warned_of: set[str] = set()
+        self._warned_of: set[tuple[str, str]] = set()
 
     # ------------------------------------------------------------- building
 
@@ -209,6 +210,10 @@ class TensorFlowEngine(Engine):
         local = _local(variable)
         local.assign_add(tf.cast(by, local.dtype))
 
+    def untracked_variables(self) -> dict[str, tf.Variable]:
+        """What this engine keeps that neither Keras nor a checkpoint knows."""
+        return {k: v for k, v in vars(self).items() if isinstance(v, tf.Variable)}
+
     def skipped_steps(self) -> int | None:
         return 0 if self._skipped is None else int(self._skipped.numpy())
 
@@ -235,7 +240,9 @@ class TensorFlowEngine(Engine):
     def _programs_for(self, gradients: list[Any], indices: list[int]) -> list[Program]:
         """The programs of this replica for gradients of these variables."""
         here = _local(self.state[indices[0]]["weight"]).device
-        key = (here, tuple(indices), tuple(is_sparse(g) for g in gradients))
+        kinds = tuple(is_sparse(g) for g in gradients)
+        # What is watched runs as other operations than what isn't.
+        key = (here, tuple(indices), kinds, watchers())
         if key not in self._programs:
             self._programs[key] = self._make_programs(indices)
         return self._programs[key]
@@ -263,6 +270,10 @@ class TensorFlowEngine(Engine):
         """Whether XLA can run this optimizer's update on `device`."""
         if _compiles_steps(self.strategy):
             return False
+        if watchers():
+            # Nor is a trial made, whose result would outlast the watching.
+            self._warn_of(device, "XLA can't compile the operations of `tf.debugging`")
+            return False
         kinds = _smallest_of_each_kind(variables)
         key = device, frozenset(kinds), *_functions_of(self.plan)
         if key not in _update_failures:
@@ -270,15 +281,20 @@ class TensorFlowEngine(Engine):
                 device, sorted(kinds.values()), variables, state
             )
         failure = _update_failures[key]
-        if failure is not None and device not in self._warned_of:
-            self._warned_of.add(device)
-            log.warning(
-                "%s updates without XLA on %s: %s",
-                type(self.optimizer).__name__,
-                device,
-                failure.splitlines()[0],
-            )
+        if failure is not None:
+            self._warn_of(device, failure.splitlines()[0])
         return failure is None
+
+    def _warn_of(self, device: str, failure: str) -> None:
+        if (device, failure) in self._warned_of:
+            return
+        self._warned_of.add((device, failure))
+        log.warning(
+            "%s updates without XLA on %s: %s",
+            type(self.optimizer).__name__,
+            device,
+            failure,
+        )
 
     def _update_failure(
         self, device: str, chosen: list[int], variables: list, state: list[dict]
@@ -500,7 +516,9 @@ def _xla_failure(device: str) -> str | None:
     """Why XLA can't run on `device`, or None if it can."""
     with tf.init_scope(), tf.device(device):
         try:
-            tf.function(lambda x: x + 1, jit_compile=True)(tf.zeros(()))
+            function = tf.function(lambda x: x + 1, jit_compile=True)
+            # The function itself may be told to run eagerly, without XLA.
+            function.get_concrete_function(tf.zeros(()))(tf.zeros(()))
         except (tf.errors.OpError, ValueError) as error:
             return str(error)
     return None
