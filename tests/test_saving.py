@@ -814,3 +814,19 @@ def test_estimate_of_prodigy_grows_and_is_saved(tmp_path):
     fresh = cases.compiled_model(tf_effopt.Prodigy(initial_estimate=1e-4))
     fresh.optimizer.build(fresh.trainable_variables)
     assert estimate(fresh) == pytest.approx(1e-4)
+
+
+def test_a_whole_moment_of_version_0_1_0_is_factored():
+    """It kept that of a 2 x 2 matrix whole."""
+    rng = np.random.default_rng(0)
+    shapes = [(2, 2), (3,), (4, 3), (2, 2)]
+    kept = [(2, 2), (3,), (4,), (3,), (2, 2)]
+    values = [rng.uniform(size=shape).astype("float32") for shape in kept]
+    optimizer = tf_effopt.Adafactor(0.1)
+    optimizer.build([keras.Variable(np.ones(shape)) for shape in shapes])
+    state = [np.array(3), np.array(0.1, "float32"), *values]
+    optimizer.load_own_variables({str(i): x for i, x in enumerate(state)})
+    first, last = values[0], values[-1]
+    expected = [first.mean(1), first.mean(0), *values[1:4], last.mean(1), last.mean(0)]
+    for variable, value in zip(optimizer.variables[2:], expected, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)

@@ -42,6 +42,17 @@ OPTIONS = {
         "loss_scale_factor": 4.0,
     },
     "clipvalue": {"clipvalue": 0.05},
+    # Gradients whose squares overflow in float32.
+    "large": {"loss_factor": 1e25, "global_clipnorm": 0.5},
+    "large_accumulated": {
+        "loss_factor": 1e25,
+        "clipnorm": 0.2,
+        "gradient_accumulation_steps": 2,
+    },
+    "large_units": {
+        "loss_factor": 1e25,
+        "transforms": lambda: [tf_effopt.transforms.AdaptiveClipping(0.05)],
+    },
     "groups": {"global_clipnorm": 0.5, "use_ema": True, "groups": lambda: groups()},
 }
 
@@ -128,10 +139,14 @@ def make_model(case, options, elsewhere=None, jit_compile="auto"):
     model = keras.Sequential(layers, name="model")
     rate = keras.optimizers.schedules.ExponentialDecay(0.01, 5, 0.8)
     options = {k: x() if callable(x) else x for k, x in options.items()}
+    factor = options.pop("loss_factor", None)
     optimizer = case.make(**{**options, "learning_rate": rate})
     # JAX has no missing gradient: there it is 0, and decay would act.
     optimizer.exclude_from_weight_decay(var_names=["unused"])
-    model.compile(optimizer=optimizer, loss="mse", jit_compile=jit_compile)
+    model.compile(
+        optimizer=optimizer, loss="mse", loss_weights=factor, jit_compile=jit_compile
+    )
+    model.loss_factor = factor or 1.0
     return model
 
 
@@ -179,7 +194,7 @@ def way_eager(case, options, function=lambda f: f):
     def step(x, y):
         with tf.GradientTape() as tape:
             loss = keras.losses.MeanSquaredError()(y, model(x))
-            loss = optimizer.scale_loss(loss)
+            loss = optimizer.scale_loss(loss) * model.loss_factor
         optimizer.apply(tape.gradient(loss, variables), variables)
 
     for x, y in batches():
@@ -204,7 +219,7 @@ def way_stateless(case, options):
     def loss_of(weights, others, state, x, y):
         predicted, _ = model.stateless_call(weights, others, x)
         loss = keras.losses.MeanSquaredError()(y, predicted)
-        return loss * (optimizer.loss_scale_factor or 1.0)
+        return loss * (optimizer.loss_scale_factor or 1.0) * model.loss_factor
 
     @jax.jit
     def step(weights, others, state, x, y):

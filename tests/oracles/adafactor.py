@@ -14,8 +14,8 @@ def adafactor(g, w, state, t, lr, settings):
     """Shazeer & Stern 2018, algorithms 4 to 6.
 
     `g` is factored over its two longest axes, the later ones among equals, if
-    that makes less state; "row" lacks the second of them, "column" the first.
-    The paper's relative step is `min(1e-2, 1/sqrt(t))`: the learning rate
+    both have more than one element; "row" lacks the second of them, "column"
+    the first. The paper's relative step is `min(1e-2, 1/sqrt(t))`: the learning rate
     stands for its 1e-2. Alpha is of the weight before the step and its decay.
     """
     eps_1 = settings.get("epsilon_1", 1e-30)
@@ -45,9 +45,8 @@ def adafactor(g, w, state, t, lr, settings):
 
 
 def factored(shape):
-    """The two axes, or None where row and column means are no fewer numbers."""
+    """The two axes; None for vectors, whose one factor is the moment itself."""
     if len(shape) < 2:
         return None
     a, b = sorted(np.argsort(shape, kind="stable")[-2:])
-    size = np.prod(shape)
-    return (a, b) if size / shape[a] + size / shape[b] < size else None
+    return (a, b) if shape[a] > 1 and shape[b] > 1 else None

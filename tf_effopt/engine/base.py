@@ -323,10 +323,10 @@ def _decay_of_part(optimizer: Any, part: Any) -> tuple[int, str] | None:
 def _bind_transform(
     transform: Any, number: int, numbers: dict[tuple[int, str], Any]
 ) -> BoundTransform:
-    binder = Binder(transform, number, numbers, transform.model_rule)
-    before, after = (
+    binder = Binder(transform, number, numbers, transform.model_rule, transform.look)
+    before, after, look = (
         None if function is None else binder.bind(function)
-        for function in (transform.before, transform.after)
+        for function in (transform.before, transform.after, transform.look)
     )
     return BoundTransform(
         owner=number,
@@ -334,6 +334,8 @@ def _bind_transform(
         after=after,
         model=binder.bind_model(transform.model_rule),
         decides=transform.decides,
+        clips=transform.clips,
+        look=look,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from keras import ops
@@ -59,7 +59,7 @@ def measured_numbers(inputs: Inputs, gradients: list[Any]) -> list[Any]:
     for tensors, g in zip(inputs.state, gradients, strict=True):
         if g is None:
             continue
-        if plan.accumulation_steps > 1 and plan.needs_norms:
+        if plan.accumulation_steps > 1 and plan.clips:
             g = (tensors["accumulator"] + g) / plan.accumulation_steps
         elif isinstance(g, Rows):
             g = g.unique
@@ -118,16 +118,13 @@ def accumulate(
 
 
 def clipped_gradients(
-    inputs: Inputs, gradients: list[Any], measured: list[Any], total: Any = None
+    inputs: Inputs, gradients: list[Any], norms: Iterator[tuple[Any, Any]] | None
 ) -> list[Any]:
-    """Stage 5."""
+    """Stage 5; `norms` yields for each gradient what `root_of_factor` looks at."""
     plan = inputs.plan
     if plan.clip is None:
         return gradients
-    if total is None:
-        total = inputs.totals[GRADIENT]["total"]
     arguments = Arguments(plan, inputs.scalars, inputs.t)
-    measured = iter(measured)
     clipped = []
     for v, g in zip(inputs.variables, gradients, strict=True):
         if g is None:
@@ -137,9 +134,14 @@ def clipped_gradients(
         if plan.clip == "clipvalue":
             clip = functools.partial(clipping.clip_by_value, clipvalue=limit)
         else:
-            squared = next(measured) if plan.clip == "clipnorm" else total
-            norm = ops.sqrt(ops.cast(squared, v.compute_dtype))
-            clip = functools.partial(clipping.clip_by_norm, norm=norm, clipnorm=limit)
+            squared, shrunk = next(norms)
+            root = clipping.root_of_factor(limit, squared, shrunk)
+            clip = functools.partial(
+                clipping.clip_by_norm,
+                norm=ops.cast(ops.sqrt(squared), v.compute_dtype),
+                clipnorm=limit,
+                root=ops.cast(root, v.compute_dtype),
+            )
         clipped.append(_elementwise(clip, g))
     return clipped
 
@@ -152,11 +154,16 @@ class Transformed:
         arguments: with the numbers that the model rules have returned.
         model: owner -> letter -> the model's slots, next ones where a rule ran.
         skips: whether a transform wants the step to be skipped.
+
+    Args:
+        overflows: boolean scalar, whether the squares of some gradient overflow; None
+            where they don't.
     """
 
-    def __init__(self, inputs: Inputs, gradients: list[Any]):
+    def __init__(self, inputs: Inputs, gradients: list[Any], overflows: Any = None):
         self.inputs = inputs
         self.gradients = gradients
+        self._overflows = overflows
         self.arguments = Arguments(inputs.plan, inputs.scalars, inputs.t)
         self.model = dict(inputs.scalars.model)
         self.skips: Any = False
@@ -166,14 +173,17 @@ class Transformed:
         for transform in self.inputs.plan.transforms:
             if transform.model is not None:
                 if until == str(transform.owner):
-                    return self._sums(transform.owner, transform.model)
-                numbers = self._model_numbers(transform.owner, transform.model)
+                    return self._sums(transform.owner, transform.model, transform.clips)
+                numbers = self._model_numbers(
+                    transform.owner, transform.model, transform.clips
+                )
                 self.arguments.numbers[transform.owner] = numbers
                 if transform.decides:
                     self.skips = ops.logical_or(self.skips, numbers["skip"])
             if transform.before is not None:
+                looked = iter(self._look(transform))
                 self.gradients = [
-                    self._before(transform, v, tensors, g)
+                    self._before(transform, v, tensors, g, next(looked))
                     if g is not None and transform.owner in v.transforms
                     else g
                     for v, tensors, g in self._each()
@@ -196,16 +206,42 @@ class Transformed:
         inputs = self.inputs
         return zip(inputs.variables, inputs.state, self.gradients, strict=True)
 
-    def _before(self, transform: Any, v: TrainedVariable, tensors: dict, g: Any) -> Any:
-        arguments = self.arguments.for_variable(v, transform.owner)
+    def _before(
+        self, transform: Any, v: TrainedVariable, tensors: dict, g: Any, looked: dict
+    ) -> Any:
+        arguments = self.arguments.for_variable(v, transform.owner) | looked
         arguments |= own_arguments(v, tensors, transform.before, self.arguments)
         return transform.before(g, arguments=arguments)
 
-    def _model_numbers(self, owner: int, model: BoundModelRule) -> dict[str, Any]:
+    def _look(self, transform: Any) -> list[dict[str, Any]]:
+        """What `look` returns of each tensor that the transform acts on."""
+        acted = [
+            (v, tensors, g)
+            for v, tensors, g in self._each()
+            if g is not None and transform.owner in v.transforms
+        ]
+        if transform.look is None or not acted:
+            return [{} for _ in acted]
+
+        def look(large: bool) -> list[dict[str, Any]]:
+            # What is made in a branch can't be used outside of it.
+            arguments = self.arguments.anew()
+            return [_looked(transform, arguments, *x, large) for x in acted]
+
+        if self._overflows is None:
+            return look(large=False)
+        # One branch for all: on a GPU each costs a transfer.
+        return ops.cond(
+            self._overflows, lambda: look(large=True), lambda: look(large=False)
+        )
+
+    def _model_numbers(
+        self, owner: int, model: BoundModelRule, clips: bool = False
+    ) -> dict[str, Any]:
         inputs = self.inputs
         sums = {}
         if model.measure is not None:
-            sums = inputs.total(str(owner), lambda: self._sums(owner, model))
+            sums = inputs.total(str(owner), lambda: self._sums(owner, model, clips))
         before = inputs.scalars.model[owner]
         numbers, after = model.rule(
             sums, before, arguments=self.arguments.of(owner, inputs.scalar_dtype)
@@ -213,10 +249,40 @@ class Transformed:
         self.model[owner] = before | after
         return numbers
 
-    def _sums(self, owner: int, model: BoundModelRule) -> dict[str, Any]:
+    def _sums(
+        self, owner: int, model: BoundModelRule, clips: bool = False
+    ) -> dict[str, Any]:
+        sums = self._sums_of(self.gradients, owner, model)
+        if not clips:
+            return sums
+        dtype = self.inputs.scalar_dtype
+        # What a measure makes of a gradient that is 0.
+        shrunk = {name: ops.zeros((), dtype) for name in sums}
+        if self._overflows is not None and sums:
+            shrunk = ops.cond(
+                self._overflows,
+                lambda: self._sums_of(self._shrunk(), owner, model),
+                lambda: shrunk,
+            )
+        return sums | {f"shrunk_{name}": x for name, x in shrunk.items()}
+
+    def _shrunk(self) -> list[Any]:
+        wide = self.inputs.scalar_dtype
+        gradients = [None if g is None else ops.cast(g, wide) for g in self.gradients]
+        return [
+            None if g is None else clipping.shrunk(g, self._overflows)
+            for g in gradients
+        ]
+
+    def _sums_of(
+        self, gradients: list[Any], owner: int, model: BoundModelRule
+    ) -> dict[str, Any]:
         dtype = self.inputs.scalar_dtype
         parts: dict[str, list[Any]] = {}
-        for v, tensors, g in self._each():
+        inputs = self.inputs
+        for v, tensors, g in zip(
+            inputs.variables, inputs.state, gradients, strict=True
+        ):
             if g is None:
                 continue
             arguments = self.arguments.for_variable(v, owner)
@@ -230,3 +296,16 @@ class Transformed:
             for name, x in measured.items():
                 parts.setdefault(name, []).append(x)
         return {name: sum_of(numbers, dtype) for name, numbers in parts.items()}
+
+
+def _looked(
+    transform: Any,
+    arguments: Arguments,
+    v: TrainedVariable,
+    tensors: dict,
+    g: Any,
+    large: bool,
+) -> dict[str, Any]:
+    given = arguments.for_variable(v, transform.owner) | {"large": large}
+    given |= own_arguments(v, tensors, transform.look, arguments)
+    return transform.look(g, arguments=given)

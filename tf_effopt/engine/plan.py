@@ -63,6 +63,8 @@ class BoundTransform:
     after: Bound | None
     model: BoundModelRule | None
     decides: bool
+    clips: bool
+    look: Bound | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +153,14 @@ class Plan:
         return self.clip in ("clipnorm", "global_clipnorm")
 
     @property
+    def clips(self) -> bool:
+        """Whether a gradient whose squares overflow may be clipped to one that fits."""
+        return self.clip is not None or any(x.clips for x in self.transforms)
+
+    @property
     def measures_received(self) -> bool:
         """Whether norms and the finite check are those of the gradients received."""
-        accumulates = self.accumulation_steps > 1 and self.needs_norms
+        accumulates = self.accumulation_steps > 1 and self.clips
         return not (self.loss_scale or accumulates)
 
     @property
@@ -287,13 +294,21 @@ class Binder:
         number: of this owner.
         numbers: of the plan; those that the functions use are added.
         model: the owner's `ModelRule`, or None.
+        look: what else provides arguments: see `Transform.look`.
     """
 
-    def __init__(self, owner: Any, number: int, numbers: dict, model: ModelRule | None):
+    def __init__(
+        self,
+        owner: Any,
+        number: int,
+        numbers: dict,
+        model: ModelRule | None,
+        look: Callable | None = None,
+    ):
         self.owner = owner
         self.number = number
         self.numbers = numbers
-        self.has_model = model is not None
+        self.has_model = model is not None or look is not None
 
     def bind(self, function: Callable, settings: Any = ()) -> Bound:
         """Binds a function; `settings` are fixed arguments of this use of it."""

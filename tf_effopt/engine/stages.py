@@ -36,12 +36,18 @@ from tf_effopt.engine.gradients import (
     Transformed,
     accumulate,
     accumulated,
-    clipped_gradients,
     measured_numbers,
     sum_of,
     unscaled,
 )
 from tf_effopt.engine.inputs import Inputs
+from tf_effopt.engine.large import (
+    CLIPPED,
+    SHRUNK,
+    LargeGradient,
+    phases_after,
+    phases_before,
+)
 from tf_effopt.engine.matrices import Share, matrix_steps
 from tf_effopt.engine.plan import OPTIMIZER, Arguments, Plan
 from tf_effopt.engine.stacks import Stacks
@@ -53,7 +59,7 @@ class Outcome:
     """What became of a step.
 
     Attributes:
-        finite: boolean, whether the gradient was finite.
+        finite: boolean, whether the gradient was finite, and is once it is clipped.
         counted: integer, how far the count of micro-steps advances.
         model: owner -> letter -> the model's slots after this step.
     """
@@ -68,17 +74,20 @@ def phases(plan: Plan) -> list[str]:
     measured = [
         str(owner) for owner, model in plan.models() if model.measure is not None
     ]
-    return [GRADIENT, *measured]
+    return [GRADIENT, *phases_before(plan), *measured, *phases_after(plan)]
 
 
 def partial_sums(inputs: Inputs, phase: str) -> dict[str, Any]:
     """What this device's tensors add to a phase, given the phases before it."""
-    gradients = unscaled(inputs)
-    measured = measured_numbers(inputs, gradients)
     if phase == GRADIENT:
+        measured = measured_numbers(inputs, unscaled(inputs))
         return {"total": sum_of(measured, inputs.scalar_dtype)}
-    gradients = clipped_gradients(inputs, accumulated(inputs, gradients), measured)
-    return Transformed(inputs, gradients).run(until=phase)
+    prepared = Prepared(inputs)
+    if phase == SHRUNK:
+        return prepared.large.shrunk()
+    if phase == CLIPPED:
+        return prepared.large.clipped()
+    return prepared.clipped().run(until=phase)
 
 
 class Prepared:
@@ -86,22 +95,35 @@ class Prepared:
 
     Attributes:
         gradients: in the dtype of the arithmetic, loss scaling undone.
-        total: a number that is finite only if the whole gradient is.
+        large: what is known of large gradients; None if nothing clips.
     """
 
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
         self.gradients = unscaled(inputs)
-        self._measured = measured_numbers(inputs, self.gradients)
-        self.total = inputs.total(
-            GRADIENT, lambda: {"total": sum_of(self._measured, inputs.scalar_dtype)}
+        measured = measured_numbers(inputs, self.gradients)
+        # Finite only if the whole gradient is.
+        self._total = inputs.total(
+            GRADIENT, lambda: {"total": sum_of(measured, inputs.scalar_dtype)}
         )["total"]
+        self.large = None
+        if inputs.plan.clips:
+            self.large = LargeGradient(inputs, measured, self._total)
+
+    def finite(self) -> Any:
+        """Whether the gradient is, and fits once it is clipped."""
+        finite = ops.isfinite(self._total)
+        return finite if self.large is None else finite | self.large.fits()
+
+    def clipped(self) -> Transformed:
+        """Stages 4 and 5: the gradients to be transformed."""
+        mean = accumulated(self.inputs, self.gradients)
+        if self.large is None:
+            return Transformed(self.inputs, mean)
+        return self.large.transformed(mean)
 
     def transformed(self) -> Transformed:
-        inputs = self.inputs
-        mean = accumulated(inputs, self.gradients)
-        clipped = clipped_gradients(inputs, mean, self._measured, self.total)
-        work = Transformed(inputs, clipped)
+        work = self.clipped()
         work.run()
         return work
 
@@ -133,8 +155,8 @@ def step(inputs: Inputs) -> tuple[list[dict], Outcome]:
 def _step(inputs: Inputs) -> tuple[list[dict], Outcome]:
     plan, scalars = inputs.plan, inputs.scalars
     prepared = Prepared(inputs)
-    gradients, total = prepared.gradients, prepared.total
-    finite = ops.logical_and(ops.isfinite(total), ops.isfinite(scalars.learning_rate))
+    gradients = prepared.gradients
+    finite = prepared.finite() & ops.isfinite(scalars.learning_rate)
     n = plan.accumulation_steps
     proceed = finite
     if n > 1:

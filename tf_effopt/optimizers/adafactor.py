@@ -6,8 +6,6 @@ https://arxiv.org/abs/1804.04235
 
 from __future__ import annotations
 
-import math
-
 import keras
 from keras import ops
 
@@ -17,8 +15,11 @@ from tf_effopt.linalg import root_mean_square
 from tf_effopt.rules import Part, Slot, Slots
 
 
-def factored_second_moment(q, slots, beta, axes):
-    """Returns the second moment from its row and column means, and these.
+def factored_moment(q, slots, beta, axes):
+    """Returns `1 / sqrt(v)` as two factors, of rows and of columns, and the means.
+
+    Their product isn't made: where a row and a column have had no gradient it is
+    larger than any number of float32, and 0 times it would be NaN.
 
     Args:
         q: squared gradient, of shape `S`.
@@ -30,9 +31,11 @@ def factored_second_moment(q, slots, beta, axes):
     rows, columns = axes
     r = beta * slots["r"] + (1 - beta) * ops.mean(q, axis=columns)
     c = beta * slots["c"] + (1 - beta) * ops.mean(q, axis=rows)
-    share = r / ops.mean(r, axis=rows, keepdims=True)
-    v = ops.expand_dims(share, columns) * ops.expand_dims(c, rows)
-    return v, {"r": r, "c": c}
+    size = ops.sqrt(ops.mean(r, axis=rows, keepdims=True))
+    # Two roots: the quotient of `r` and its mean can be too small for float32.
+    row_factor = ops.expand_dims(size / ops.sqrt(r), columns)
+    column_factor = ops.expand_dims(1 / ops.sqrt(c), rows)
+    return (row_factor, column_factor), {"r": r, "c": c}
 
 
 def adafactor_rule(
@@ -53,7 +56,7 @@ def adafactor_rule(
 
     Args:
         g: gradient, of any shape `S`.
-        slots: `r` and `c`, see `factored_second_moment`; or `v`, of shape `S`,
+        slots: `r` and `c`, see `factored_moment`; or `v`, of shape `S`,
             where nothing is factored.
         t: scalar, the number of this update, from 1.
         w: the weight, of shape `S`.
@@ -75,23 +78,26 @@ def adafactor_rule(
     beta = 1 - t**beta_2_decay
     q = ops.square(g) + epsilon_1
     if axes:
-        v, slots = factored_second_moment(q, slots, beta, axes)
+        (row_factor, column_factor), slots = factored_moment(q, slots, beta, axes)
+        u = g * row_factor * column_factor
     else:
         v = beta * slots["v"] + (1 - beta) * q
         slots = {"v": v}
-    u = g / ops.sqrt(v)
+        u = g / ops.sqrt(v)
     u = u / ops.maximum(1 + 0 * alpha, root_mean_square(u) / clip_threshold)
     return -alpha * u, slots
 
 
 def factored_axes(shape):
-    """Returns the two largest axes, in order, or None if to factor saves nothing."""
+    """Returns the two largest axes, in order, or None if one of them has 1 element.
+
+    Then the factors would be the second moment itself.
+    """
     if len(shape) < 2 or 0 in shape:
         return None
     largest = sorted(range(len(shape)), key=lambda axis: (shape[axis], axis))[-2:]
     rows, columns = sorted(largest)
-    size = math.prod(shape)
-    if size // shape[rows] + size // shape[columns] >= size:
+    if 1 in (shape[rows], shape[columns]):
         return None
     return rows, columns
 
@@ -181,12 +187,25 @@ class Adafactor(Optimizer):
         # Keras's are row means, column means and the whole second moment; rows
         # and columns are the last two axes, not the largest.
         shapes = [tuple(v.shape) for v in self._trainable_variables]
-        moments = saved[2::3]
-        if len(saved) != 3 * len(shapes) or [x.shape for x in moments] != shapes:
-            return None
+        if len(saved) == 3 * len(shapes):
+            moments = saved[2::3]
+            if [x.shape for x in moments] != shapes:
+                return None
+            factors = [factored_axes(shape) for shape in shapes]
+        else:
+            # Version 0.1.0 kept the whole moment where two axes are 2 x 2.
+            moments, factors, rest = [], [], list(saved)
+            for shape in shapes:
+                axes = factored_axes(shape)
+                is_whole = axes is None or bool(rest and rest[0].shape == shape)
+                taken = 1 if is_whole else 2
+                moments += rest[:taken]
+                factors += [axes] if is_whole else [None, None]
+                rest = rest[taken:]
+            if rest or len(moments) != len(factors):
+                return None
         slots = []
-        for v in moments:
-            axes = factored_axes(v.shape)
+        for v, axes in zip(moments, factors, strict=True):
             slots += [v] if axes is None else [v.mean(axis) for axis in axes[::-1]]
         return slots
 

@@ -11,6 +11,7 @@ from keras import ops
 from tf_effopt.hyperparameters import Patterns, Positive
 from tf_effopt.paths import matches
 from tf_effopt.transforms.base import Transform
+from tf_effopt.transforms.clipping import shrink
 
 
 def unit_norm(x, input_axes):
@@ -20,7 +21,17 @@ def unit_norm(x, input_axes):
     return ops.sqrt(ops.sum(ops.square(x), axis=input_axes, keepdims=True))
 
 
-def clip_by_unit(g, *, w, input_axes, clipping, epsilon):
+def unit_norms(g, *, input_axes, large):
+    """Returns each unit's norm, and what it was multiplied by: 1, or what shrinks it."""
+    norm = unit_norm(g, input_axes)
+    scale = ops.ones_like(norm)
+    if large:
+        scale = ops.where(ops.isfinite(norm), scale, shrink(g) * scale)
+        norm = unit_norm(g * scale, input_axes)
+    return {"norm": norm, "scale": scale}
+
+
+def clip_by_unit(g, *, w, input_axes, clipping, epsilon, norm, scale):
     """Returns `g`, each unit's norm at most `clipping` times that of its weight.
 
     Args:
@@ -29,11 +40,11 @@ def clip_by_unit(g, *, w, input_axes, clipping, epsilon):
         input_axes: those along which the weights of a unit lie.
         clipping: scalar, the largest ratio of the two norms.
         epsilon: scalar, the least norm of a weight that counts.
+        norm, scale: each unit's norm times its scale.
     """
     largest = clipping * ops.maximum(unit_norm(w, input_axes), epsilon)
-    norm = unit_norm(g, input_axes)
-    one = 1 + 0 * norm
-    return g * ops.where(norm > largest, largest / ops.maximum(norm, 1e-6 * one), one)
+    factor = largest / ops.maximum(norm, 1e-6 * scale)
+    return g * scale * ops.where(norm > largest * scale, factor, 1 / scale)
 
 
 class AdaptiveClipping(Transform):
@@ -72,7 +83,9 @@ class AdaptiveClipping(Transform):
     [[2.5], [4.0]]
     """
 
+    look = staticmethod(unit_norms)
     before = staticmethod(clip_by_unit)
+    clips = True
     clipping = Positive()
     epsilon = Positive()
     exclude = Patterns()

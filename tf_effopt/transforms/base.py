@@ -41,7 +41,14 @@ class Transform:
       the weight, and of the gradient that the rule saw;
     - `model_rule`: a `tf_effopt.rules.ModelRule`, for numbers of the whole model. If
       its numbers include `skip`, set `decides = True`: a step for which it is
-      true changes no weight, slot, average or update count.
+      true changes no weight, slot, average or update count;
+    - `clips`: whether gradients of which the squares overflow may come out so small
+      that they don't. Else such a step is skipped without asking. The sums of its
+      `model_rule` then have `shrunk_<name>`, too: of the gradient times
+      `clipping.shrink(g)` where its squares overflow, else 0;
+    - `look`: `(g, *, large, ...) -> dict`, what `before` takes by name of a tensor, for
+      a transform that clips: all tensors are looked at before any is changed. `large`
+      is True where the squares of some gradient overflow, a Python boolean.
 
     Keyword-only arguments come by name: hyper-parameters of the class, numbers
     of its `model_rule`, `w`, `t`, `learning_rate`, and for `before` also `input_axes`,
@@ -53,7 +60,9 @@ class Transform:
     before: Callable | None = None
     after: Callable | None = None
     model_rule: ModelRule | None = None
+    look: Callable | None = None
     decides = False
+    clips = False
     built = False
     _engine: Any = None
 

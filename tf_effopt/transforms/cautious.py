@@ -13,7 +13,8 @@ from tf_effopt.transforms.base import Transform
 
 def masked(delta, g):
     """Returns `delta` where it goes against the gradient, scaled up, else 0."""
-    mask = ops.cast(delta * g < 0, g.dtype)
+    # Not the product of the two, which can be too small a number for float32.
+    mask = ops.cast(ops.sign(delta) * ops.sign(g) < 0, g.dtype)
     least = 1e-3 + 0 * ops.mean(mask)
     return delta * mask / ops.maximum(ops.mean(mask), least)
 

@@ -9,7 +9,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import keras
 from keras import ops
+
+# What a gradient whose squares overflow is multiplied by, to look at it again: the
+# squares of the largest number fit then, and those of what adds to such a norm, too.
+SHRINK = {"float32": 2.0**-96, "float64": 2.0**-540}
 
 # XLA on CPU writes the squares to memory before it adds them up, and a TPU's sum of
 # a tensor's elements is slow. Adding this many parts of a large tensor to each other
@@ -52,12 +57,56 @@ def clip_by_value(g: Any, clipvalue: Any) -> Any:
     return ops.clip(g, -clipvalue, clipvalue)
 
 
-def clip_by_norm(g: Any, norm: Any, clipnorm: Any) -> Any:
+def clip_by_norm(g: Any, norm: Any, clipnorm: Any, root: Any) -> Any:
     """Returns `g`, scaled so that `norm` becomes at most `clipnorm`.
 
     Args:
         g: gradient.
         norm: scalar, the norm of `g`, or of all gradients together.
         clipnorm: scalar, the largest norm allowed.
+        root: scalar, what `root_of_factor` returns.
     """
-    return g * (clipnorm / ops.maximum(norm, clipnorm))
+    factor = clipnorm / ops.maximum(norm, clipnorm)
+    return scaled(g, factor, root)
+
+
+def scaled(g: Any, factor: Any, root: Any) -> Any:
+    """Returns `g` times `factor`, or, unless it is 0, times `root` squared.
+
+    The quotient of two norms may be too small a number for float32.
+    """
+    one = ops.ones_like(root)
+    overflowed = root > 0
+    second = ops.where(overflowed, root, factor)
+    return g * ops.where(overflowed, root, one) * second
+
+
+def root_of_factor(limit: Any, squared: Any, shrunk: Any) -> Any:
+    """Returns the root of what makes a norm at most `limit`; 0 if it isn't needed.
+
+    Args:
+        limit: scalar, the largest norm allowed.
+        squared: scalar, the norm's square, infinite where it overflowed.
+        shrunk: scalar of its dtype, the square of the norm of the gradient times
+            `shrink`; 0 or NaN where there is none.
+    """
+    is_known = ops.logical_and(ops.logical_not(ops.isfinite(squared)), shrunk > 0)
+    norm = ops.sqrt(ops.where(is_known, shrunk, ops.ones_like(shrunk)))
+    root = ops.sqrt(ops.cast(limit, norm.dtype) / norm) * math.sqrt(shrink(norm))
+    return ops.where(
+        is_known, ops.minimum(root, ops.ones_like(root)), ops.zeros_like(root)
+    )
+
+
+def shrunk(g: Any, overflows: Any) -> Any:
+    """Returns `g` times `shrink(g)`, to be squared, if `overflows` is true.
+
+    That is no constant: XLA may square that, and `g`, and multiply the squares.
+    """
+    one = ops.ones((), g.dtype)
+    return g * ops.where(overflows, shrink(g) * one, one)
+
+
+def shrink(x: Any) -> float:
+    """Returns what to multiply a tensor by whose squares overflow."""
+    return SHRINK[keras.backend.standardize_dtype(x.dtype)]

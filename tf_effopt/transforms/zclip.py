@@ -10,6 +10,7 @@ from keras import ops
 
 from tf_effopt.hyperparameters import Count, DecayRate, Positive
 from tf_effopt.rules import ModelRule
+from tf_effopt.transforms import clipping
 from tf_effopt.transforms.base import Transform
 from tf_effopt.transforms.clipping import squared_norm
 
@@ -23,7 +24,7 @@ def clipping_factor(sums, slots, *, z_threshold, decay, warmup_steps):
     """Returns what to multiply the gradient by, and the norm's next statistics.
 
     Args:
-        sums: the square of the norm of the whole gradient.
+        sums: the square of the norm of the whole gradient, and of the shrunk one.
         slots: scalars: `seen`, norms in the statistics, until the warm-up ends;
             `mean` and `variance` of the norm.
         z_threshold: by how many standard deviations a norm may be above the mean.
@@ -49,16 +50,20 @@ def clipping_factor(sums, slots, *, z_threshold, decay, warmup_steps):
     factor = ops.where(
         spikes, clipped / ops.where(spikes, norm, 1 + 0 * norm), 1 + 0 * norm
     )
-    return {"factor": factor}, {
+    root = clipping.root_of_factor(
+        clipped, sums["squared_norm"], sums["shrunk_squared_norm"]
+    )
+    root = ops.where(spikes, root, ops.zeros_like(root))
+    return {"factor": factor, "root": root}, {
         "seen": ops.minimum(seen + 1, warmup_steps),
         "mean": new_mean,
         "variance": new_variance,
     }
 
 
-def scaled(g, *, factor):
+def scaled(g, *, factor, root):
     """Returns `g` times the model's clipping factor."""
-    return g * factor
+    return clipping.scaled(g, factor, root)
 
 
 class ZClip(Transform):
@@ -107,6 +112,7 @@ class ZClip(Transform):
         measure=measure_squared_norm,
     )
     before = staticmethod(scaled)
+    clips = True
     z_threshold = Positive()
     decay = DecayRate()
     warmup_steps = Count(low=2)
