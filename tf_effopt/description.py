@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import keras
+import numpy as np
+
 from tf_effopt.groups import frozen_indices
 from tf_effopt.paths import path_of
 
@@ -16,12 +19,28 @@ def described(optimizer: Any) -> str:
     rows = [HEADER, *(_row(optimizer, i) for i in range(len(_variables(optimizer))))]
     columns = [x for x in zip(*rows, strict=True) if any(x[1:])]
     widths = [max(map(len, column)) for column in columns]
-    return "\n".join(
+    table = "\n".join(
         "  ".join(
             cell.ljust(width) for cell, width in zip(row, widths, strict=True)
         ).rstrip()
         for row in zip(*columns, strict=True)
     )
+    names = not_finite(optimizer) if optimizer.skipped_steps else []
+    return "\n".join([table, *(f"not finite: {name}" for name in names)])
+
+
+def not_finite(optimizer: Any) -> list[str]:
+    """The weights and the optimizer's own variables with an infinity or a NaN.
+
+    It reads all of them: for after a step was skipped.
+    """
+    variables = [*_variables(optimizer), *optimizer.variables]
+    return [path_of(v) for v in variables if not _is_finite(v)]
+
+
+def _is_finite(variable: Any) -> bool:
+    values = keras.ops.convert_to_numpy(variable).astype("float64")
+    return bool(np.all(np.isfinite(values)))
 
 
 def _variables(optimizer: Any) -> list[Any]:
