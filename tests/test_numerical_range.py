@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import tf_effopt
@@ -29,3 +30,21 @@ def test_adafactor_factors_a_matrix_of_two_by_two():
     # torch.optim.Adafactor, lr=0.5, of the same.
     expected = [[0.7007, -0.0081], [1.2492, 3.4407]]
     np.testing.assert_allclose(w.numpy(), expected, atol=1e-4)
+
+
+def test_after_a_skipped_step_what_is_not_finite_is_named():
+    kernel, bias = (keras.Variable([1.0], name=name) for name in ("kernel", "bias"))
+    optimizer = tf_effopt.Adam(0.1)
+    gradients = [tf.constant([1.0]), tf.constant([np.nan])]
+    optimizer.apply(gradients, [kernel, bias])
+    assert "not finite" not in optimizer.describe()
+    with pytest.warns(UserWarning, match="division by zero"):
+        optimizer.finalize_variable_values([kernel, bias])
+    kernel.assign([np.inf])
+    optimizer.variables[-1].assign([np.nan])
+    optimizer.apply(gradients)
+    lines = optimizer.describe().splitlines()[-2:]
+    slot = optimizer.variables[-1].path
+    assert lines == ["not finite: kernel", f"not finite: {slot}"]
+    with pytest.warns(UserWarning, match=f"aren't finite.*kernel, {slot}"):
+        optimizer.finalize_variable_values([kernel, bias])

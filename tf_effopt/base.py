@@ -773,11 +773,21 @@ class Optimizer(keras.optimizers.Optimizer):
             )
         skipped = self.skipped_steps or 0
         if skipped > self._skipped_before:
+            names = description.not_finite(self)
+            advice = (
+                "If it isn't for loss scaling that finds its scale, look for a "
+                "division by zero or a too high learning rate."
+            )
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                advice = (
+                    "These variables aren't finite, so that no later step can be: "
+                    f"{', '.join(names[:5])}{more}. Start again from a checkpoint."
+                )
             warnings.warn(
                 f"{self.name}: {skipped - self._skipped_before} steps changed "
                 "nothing: the norm of their gradient, or their learning rate, wasn't "
-                "finite. If it isn't for loss scaling that finds its scale, "
-                "look for a division by zero or a too high learning rate.",
+                f"finite. {advice}",
                 stacklevel=2,
             )
         self._skipped_before = skipped

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import keras
+import numpy as np
 
 from tf_effopt import legacy_keras
 from tf_effopt.checks import checked_variables
@@ -28,7 +29,9 @@ def described(optimizer: Any, of: Any = None) -> str:
     """
     if of is None and optimizer.built:
         engine = optimizer._engine
-        return _table(_row(optimizer, i) for i in range(len(engine.variables)))
+        table = _table(_row(optimizer, i) for i in range(len(engine.variables)))
+        names = not_finite(optimizer) if optimizer.skipped_steps else []
+        return "\n".join([table, *(f"not finite: {name}" for name in names)])
     if of is None:
         models = compiled_with(optimizer)
         of = models[0] if len(models) == 1 else None
@@ -87,6 +90,20 @@ def _table(rows: Iterable[tuple[str, ...]]) -> str:
         ).rstrip()
         for row in zip(*columns, strict=True)
     )
+
+
+def not_finite(optimizer: Any) -> list[str]:
+    """The weights and the optimizer's own variables with an infinity or a NaN.
+
+    It reads all of them: for after a step was skipped.
+    """
+    variables = [*optimizer._trainable_variables, *optimizer.variables]
+    return [path_of(v) for v in variables if not _is_finite(v)]
+
+
+def _is_finite(variable: Any) -> bool:
+    values = keras.ops.convert_to_numpy(variable).astype("float64")
+    return bool(np.all(np.isfinite(values)))
 
 
 def _row(optimizer: Any, index: int) -> tuple[str, ...]:
