@@ -24,7 +24,7 @@ from tf_effopt.checks import (
     same_shape,
     without_none,
 )
-from tf_effopt.engine import keras_hooks
+from tf_effopt.engine import counts, keras_hooks
 from tf_effopt.engine.base import check_dtype, dtype_name
 from tf_effopt.engine.plan import EVALUATING, OPTIMIZER
 from tf_effopt.groups import Group, checked_groups, frozen_indices
@@ -71,7 +71,9 @@ class Optimizer(keras.optimizers.Optimizer):
 
     The rule is called as `rule(g, slots, *, learning_rate, ...)` and returns
     `(delta, slots)`. Its further keyword-only arguments are looked up by name:
-    `t` is the number of this update, from 1; `w` the weight before the step
+    `t` is the number of this variable's update, from 1: as that of the model, but
+    for a variable that joined later or had no gradient for a while (in a class
+    with a `model_rule` it is always that of the model); `w` the weight before the step
     and its decay; `weight_decay` that of this variable, for rules that decay
     themselves; any other a hyper-parameter of the class, or a number that its
     `model_rule` returns. Numbers come as scalar tensors of the dtype of `g`, the
@@ -209,6 +211,7 @@ class Optimizer(keras.optimizers.Optimizer):
         self._known: list[tuple[str, tuple[int, ...]]] = []  # what it was built on
         self._known_before: list[tuple[str, tuple[int, ...]]] = []  # and some more
         self._state_to_load = None
+        self._missed_to_load: np.ndarray | None = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -272,10 +275,15 @@ class Optimizer(keras.optimizers.Optimizer):
                 super().build(variables)  # averages, then accumulators
                 state = self._build_state(variables)
                 self._engine.build(state, self._build_model_state(state))
+                if self._record_of_missed() is not None:  # By an earlier `restore`.
+                    self._handle_deferred_dependencies(
+                        counts.MISSED, self._record_of_missed()
+                    )
         if self._state_to_load is not None:
             with self._engine.building():
                 state, self._state_to_load = self._pending_state(), None
                 self._assign_state(state)
+                self._assign_missed()
 
     def _find_members(self, trained: Trained) -> None:
         for group in self.groups:
@@ -409,8 +417,8 @@ class Optimizer(keras.optimizers.Optimizer):
         starts_at_weight: bool,
         initializer: Any = "zeros",
     ) -> Any:
-        if starts_at_weight:
-            self._engine.check_has_value(weight)
+        # Else it starts there at the variable's first update.
+        if starts_at_weight and self._engine.has_value(weight):
 
             def initializer(shape: Any, dtype: Any) -> Any:
                 # A copy: on PyTorch the tensor is the weight's own memory.
@@ -544,6 +552,10 @@ class Optimizer(keras.optimizers.Optimizer):
         For after layers were frozen, unfrozen or added: the state of variables
         that both know goes on, that of the others starts anew.
 
+        Bias correction counts the updates of each variable. Counts that differ are an
+        extra record, `missed_updates`, in `.keras` and `.weights.h5` files and in
+        `tf.train.Checkpoint`; Keras's optimizers can't load such a file.
+
         Args:
             variables: those that the new optimizer is to train.
             groups: None for this one's groups, or others, as in the constructor.
@@ -574,12 +586,25 @@ class Optimizer(keras.optimizers.Optimizer):
     def _take_state(self, other: Optimizer, places: list[int | None]) -> None:
         """Takes that of another optimizer, given where it has each variable."""
         mine, its = self._engine, other._engine
+        taken: list[int | None] = [None] * len(places)
         for i, place in enumerate(places):
             if place is None or its.state[place] is None:
                 continue
             if its.variables[place].part == mine.variables[i].part:
                 _copy_state(its.state[place], mine.state[i])
+                taken[i] = None if place in other._frozen else place
         _copy_state(its.model_state, mine.model_state)
+        steps = int(keras.ops.convert_to_numpy(other._iterations))
+        missed = its.missed()
+        missed = counts.missed_updates(
+            steps // (self.gradient_accumulation_steps or 1),
+            steps // (other.gradient_accumulation_steps or 1),
+            np.zeros(len(its.state), "int64") if missed is None else missed,
+            taken,
+        )
+        # Where no rule has anything to do, there is nothing to count.
+        missed[[tensors is None for tensors in mine.state]] = 0
+        mine.set_missed(missed)
 
     def _unbuilt_copy(
         self, groups: Any = None, memo: dict | None = None, settings: dict | None = None
@@ -604,6 +629,7 @@ class Optimizer(keras.optimizers.Optimizer):
         other._engine.gradient_dtype = self._engine.gradient_dtype
         if self._state_to_load is not None:
             other._state_to_load = self._state_to_load
+            other._missed_to_load = self._missed_to_load
             other._iterations.assign(keras.ops.copy(self._iterations.value))
         return other
 
@@ -618,6 +644,7 @@ class Optimizer(keras.optimizers.Optimizer):
             other.build([memo.get(id(v), v) for v in self._trainable_variables])
             for mine, copied in zip(self.variables, other.variables, strict=True):
                 copied.assign(keras.ops.copy(mine.value))
+            other._engine.set_missed(self._engine.missed())
         return other
 
     @property
@@ -798,11 +825,15 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the state, also one that was loaded and waits for `build`."""
+        missed = self._missed_to_load
         if self._state_to_load is None:
             super().save_own_variables(store)
-            return
-        for i, value in enumerate(self._pending_state()):
-            store[str(i)] = value
+            missed = self._engine.missed()
+        else:
+            for i, value in enumerate(self._pending_state()):
+                store[str(i)] = value
+        if missed is not None:
+            store[counts.MISSED] = missed
 
     def load_own_variables(self, store: Any) -> None:
         """Loads the state that this class, or Keras's own of its name, saved.
@@ -813,12 +844,17 @@ class Optimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: the state is that of another optimizer or model.
         """
-        state = [np.array(store[str(i)]) for i in range(len(store.keys()))]
+        keys = set(store.keys())
+        state = [np.array(store[str(i)]) for i in range(len(keys - {counts.MISSED}))]
         state = saving.without_loss_scale(state)
         if not state:
             return  # The file is of a model that wasn't compiled.
+        self._missed_to_load = (
+            np.array(store[counts.MISSED]) if counts.MISSED in keys else None
+        )
         if self.built:
             self._assign_state(state)
+            self._assign_missed()
         elif len(state) > len(self.variables):
             self._state_to_load = state
             for variable, value in zip(self._numbers(), state, strict=False):
@@ -863,6 +899,18 @@ class Optimizer(keras.optimizers.Optimizer):
         for variable, value in zip(variables, state, strict=True):
             variable.assign(value)
 
+    def _assign_missed(self) -> None:
+        """Assigns what variables missed of the updates, by the state just loaded."""
+        missed, self._missed_to_load = self._missed_to_load, None
+        if missed is not None and len(missed) != len(self._trainable_variables):
+            raise ValueError(
+                f"The saved state doesn't fit {self.name!r}: it has counts of updates "
+                f"of {len(missed)} variables, and the optimizer trains "
+                f"{len(self._trainable_variables)}. Train the variables that it was "
+                "saved with."
+            )
+        self._engine.set_missed(missed)
+
     def _assign_some_of(self, state: list[np.ndarray]) -> None:
         """Assigns what is of the variables that are still trained."""
         whole = self._unbuilt_copy(groups=[])
@@ -873,10 +921,31 @@ class Optimizer(keras.optimizers.Optimizer):
             warnings.simplefilter("ignore")  # `build` has said what there is to say.
             whole.build([stand_in(*known, dtype) for known in whole._known])
             whole._assign_state(state)
+            whole._missed_to_load = self._missed_to_load
+            whole._assign_missed()
         places = [whole._known.index(known) for known in self._known]
         self._take_state(whole, places)
+        self._missed_to_load = self._engine.missed()
         for mine, other in zip(self._numbers(), whole._numbers(), strict=True):
             mine.assign(keras.ops.copy(other.value))
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict:
+        """What `tf.train.Checkpoint` saves: with counts of updates, if they differ."""
+        children = super()._trackable_children(save_type, **kwargs)
+        record = self._record_of_missed()
+        if record is not None and (
+            save_type != "checkpoint" or self._engine.missed() is not None
+        ):
+            children[counts.MISSED] = record
+        return children
+
+    def _lookup_dependency(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == counts.MISSED and self._record_of_missed() is not None:
+            return self._record_of_missed()
+        return super()._lookup_dependency(name, *args, **kwargs)
+
+    def _record_of_missed(self) -> Any:
+        return getattr(self._engine, "missed_record", None) if self.built else None
 
     def convert_keras_slots(
         self, saved: list[np.ndarray], steps: int
