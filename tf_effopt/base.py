@@ -35,7 +35,7 @@ from tf_effopt.checks import (
     same_shape,
     without_none,
 )
-from tf_effopt.engine import keras_hooks
+from tf_effopt.engine import counts, keras_hooks
 from tf_effopt.engine.base import check_dtype, dtype_name
 from tf_effopt.engine.plan import EVALUATING, OPTIMIZER
 from tf_effopt.groups import (
@@ -87,7 +87,9 @@ class Optimizer(keras.optimizers.Optimizer):
 
     The rule is called as `rule(g, slots, *, learning_rate, ...)` and returns
     `(delta, slots)`. Its further keyword-only arguments are looked up by name:
-    `t` is the number of this update, from 1; `w` the weight before the step
+    `t` is the number of this variable's update, from 1: as that of the model, but
+    for a variable that joined later or had no gradient for a while (in a class
+    with a `model_rule` it is always that of the model); `w` the weight before the step
     and its decay; `weight_decay` that of this variable, for rules that decay
     themselves; any other a hyper-parameter of the class, or a number that its
     `model_rule` returns. Numbers come as scalar tensors of the dtype of `g`, the
@@ -240,6 +242,7 @@ class Optimizer(keras.optimizers.Optimizer):
         self._numbers_before: list[np.ndarray] = []  # this was loaded
         self._may_skip_state = False
         self._unpickled_from: copies.Origin | None = None
+        self._missed_to_load: np.ndarray | None = None
         self._set_from_config(exclusions, built_on)
 
     def _set_from_config(self, exclusions: Any, built_on: Any) -> None:
@@ -330,9 +333,14 @@ class Optimizer(keras.optimizers.Optimizer):
                 super().build(variables)  # averages, then accumulators
                 state = self._build_state(variables)
                 self._engine.build(state, self._build_model_state(state))
+                if self._record_of_missed() is not None:  # By an earlier `restore`.
+                    self._handle_deferred_dependencies(
+                        counts.MISSED, self._record_of_missed()
+                    )
         if self._state_to_load is not None:
             with self._engine.building():
                 self._assign_pending_state()
+                self._assign_missed()
 
     def _check_origin(self, variables: list[Any]) -> None:
         """That the state that came with a pickle is of these variables."""
@@ -341,7 +349,8 @@ class Optimizer(keras.optimizers.Optimizer):
             if not self._unpickled_from.is_of(keys, variables):
                 if int(self._iterations) > 0:
                     raise ValueError(copies.of_another_model(self.name, variables))
-                self._state_to_load = None  # It hasn't trained.
+                # It hasn't trained.
+                self._state_to_load = self._missed_to_load = None
         self._unpickled_from = None
 
     def _find_members(self, trained: Trained) -> None:
@@ -485,8 +494,8 @@ class Optimizer(keras.optimizers.Optimizer):
         starts_at_weight: bool,
         initializer: Any = "zeros",
     ) -> Any:
-        if starts_at_weight:
-            self._engine.check_has_value(weight)
+        # Else it starts there at the variable's first update.
+        if starts_at_weight and self._engine.has_value(weight):
 
             def initializer(shape: Any, dtype: Any) -> Any:
                 # A copy: on PyTorch the tensor is the weight's own memory.
@@ -627,6 +636,10 @@ class Optimizer(keras.optimizers.Optimizer):
         For after layers were frozen, unfrozen or added: the state of variables
         that both know goes on, that of the others starts anew.
 
+        Bias correction counts the updates of each variable. Counts that differ are an
+        extra record, `missed_updates`, in `.keras` and `.weights.h5` files and in
+        `tf.train.Checkpoint`; Keras's optimizers can't load such a file.
+
         Args:
             variables: those that the new optimizer is to train.
             groups: None for this one's groups, or others, as in the constructor.
@@ -657,12 +670,25 @@ class Optimizer(keras.optimizers.Optimizer):
     def _take_state(self, other: Optimizer, places: list[int | None]) -> None:
         """Takes that of another optimizer, given where it has each variable."""
         mine, its = self._engine, other._engine
+        taken: list[int | None] = [None] * len(places)
         for i, place in enumerate(places):
             if place is None or its.state[place] is None:
                 continue
             if its.variables[place].part == mine.variables[i].part:
                 _copy_state(its.state[place], mine.state[i])
+                taken[i] = None if place in other._frozen else place
         _copy_state(its.model_state, mine.model_state)
+        steps = int(keras.ops.convert_to_numpy(other._iterations))
+        missed = its.missed()
+        missed = counts.missed_updates(
+            steps // (self.gradient_accumulation_steps or 1),
+            steps // (other.gradient_accumulation_steps or 1),
+            np.zeros(len(its.state), "int64") if missed is None else missed,
+            taken,
+        )
+        # Where no rule has anything to do, there is nothing to count.
+        missed[[tensors is None for tensors in mine.state]] = 0
+        mine.set_missed(missed)
 
     def _unbuilt_copy(
         self, groups: Any = None, memo: dict | None = None, settings: dict | None = None
@@ -689,6 +715,7 @@ class Optimizer(keras.optimizers.Optimizer):
             other._state_to_load = self._state_to_load
             other._numbers_before = self._numbers_before
             other._may_skip_state = self._may_skip_state
+            other._missed_to_load = self._missed_to_load
             other._iterations.assign(keras.ops.copy(self._iterations.value))
         return other
 
@@ -705,6 +732,7 @@ class Optimizer(keras.optimizers.Optimizer):
             other.build([copied.get(id(v), v) for v in self._trainable_variables])
             for mine, copied in zip(self.variables, other.variables, strict=True):
                 copied.assign(keras.ops.copy(mine.value))
+            other._engine.set_missed(self._engine.missed())
         return other
 
     def __reduce__(self) -> tuple:
@@ -714,16 +742,6 @@ class Optimizer(keras.optimizers.Optimizer):
     def __sklearn_clone__(self) -> Optimizer:
         """scikit-learn's `clone`, whose copies are to be fitted anew."""
         return copies.fresh(self)
-
-    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict:
-        """TensorFlow's: what is saved below this object."""
-        children = super()._trackable_children(save_type, **kwargs)
-        if save_type == "savedmodel":
-            # A function that calls `apply` takes them along. In a checkpoint they'd
-            # be missing from every file of Keras's optimizers, and of earlier versions.
-            own = self._engine.untracked_variables()
-            children |= {f"_engine{name}": x for name, x in own.items()}
-        return children
 
     @property
     def skipped_steps(self) -> int | None:
@@ -920,11 +938,15 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the state, also one that was loaded and waits for `build`."""
+        missed = self._missed_to_load
         if self._state_to_load is None:
             super().save_own_variables(store)
-            return
-        for i, value in enumerate(self._pending_state()):
-            store[str(i)] = value
+            missed = self._engine.missed()
+        else:
+            for i, value in enumerate(self._pending_state()):
+                store[str(i)] = value
+        if missed is not None:
+            store[counts.MISSED] = missed
 
     def load_own_variables(self, store: Any) -> None:
         """Loads the state that this class, or Keras's own of its name, saved.
@@ -935,14 +957,19 @@ class Optimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: the state is that of another optimizer or model.
         """
-        state = [np.array(store[str(i)]) for i in range(len(store.keys()))]
+        keys = set(store.keys())
+        state = [np.array(store[str(i)]) for i in range(len(keys - {counts.MISSED}))]
         state = saving.without_loss_scale(state)
         if not state:
             return  # The file is of a model that wasn't compiled.
+        self._missed_to_load = (
+            np.array(store[counts.MISSED]) if counts.MISSED in keys else None
+        )
         self._numbers_before = self._numbers_now()
         self._may_skip_state = keras_hooks.skips_mismatches()
         if self.built:
             self._assign_state(state)
+            self._assign_missed()
         elif saving.is_untrained(state) or saving.fits(
             self._in_this_layout(state), self.variables
         ):
@@ -995,6 +1022,7 @@ class Optimizer(keras.optimizers.Optimizer):
             if not self._may_skip_state:
                 raise
             self._put_numbers_back(loaded)
+            self._missed_to_load = None
             warnings.warn(
                 f"{self.name}: the training starts with no state, since the weights "
                 f"were loaded with `skip_mismatch=True`. {error}",
@@ -1049,6 +1077,18 @@ class Optimizer(keras.optimizers.Optimizer):
                 return candidate[:first] + slots
         return state
 
+    def _assign_missed(self) -> None:
+        """Assigns what variables missed of the updates, by the state just loaded."""
+        missed, self._missed_to_load = self._missed_to_load, None
+        if missed is not None and len(missed) != len(self._trainable_variables):
+            raise ValueError(
+                f"The saved state doesn't fit {self.name!r}: it has counts of updates "
+                f"of {len(missed)} variables, and the optimizer trains "
+                f"{len(self._trainable_variables)}. Train the variables that it was "
+                "saved with."
+            )
+        self._engine.set_missed(missed)
+
     def _assign_some_of(self, state: list[np.ndarray]) -> None:
         """Assigns what is of the variables that are still trained."""
         whole = self._unbuilt_copy(groups=[])
@@ -1059,10 +1099,33 @@ class Optimizer(keras.optimizers.Optimizer):
             warnings.simplefilter("ignore")  # `build` has said what there is to say.
             whole.build([stand_in(*known, dtype) for known in whole._known])
             whole._assign_state(state)
+            whole._missed_to_load = self._missed_to_load
+            whole._assign_missed()
         places = [whole._known.index(known) for known in self._known]
         self._take_state(whole, places)
+        self._missed_to_load = self._engine.missed()
         for mine, other in zip(self._numbers(), whole._numbers(), strict=True):
             mine.assign(keras.ops.copy(other.value))
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict:
+        """TensorFlow's: what is saved below this object."""
+        children = super()._trackable_children(save_type, **kwargs)
+        if save_type == "savedmodel":
+            # A function that calls `apply` takes them along. In a checkpoint they'd
+            # be missing from every file of Keras's optimizers, and of earlier versions.
+            own = self._engine.untracked_variables()
+            children |= {f"_engine{name}": x for name, x in own.items()}
+        elif self._record_of_missed() is not None and self._engine.missed() is not None:
+            children[counts.MISSED] = self._record_of_missed()
+        return children
+
+    def _lookup_dependency(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == counts.MISSED and self._record_of_missed() is not None:
+            return self._record_of_missed()
+        return super()._lookup_dependency(name, *args, **kwargs)
+
+    def _record_of_missed(self) -> Any:
+        return getattr(self._engine, "missed_record", None) if self.built else None
 
     def convert_keras_slots(
         self, saved: list[np.ndarray], steps: int

@@ -341,6 +341,24 @@ class Patterns(Hyperparameter):
         return value
 
 
+class EachCount:
+    """Several counts of updates: powers of a `Decay` are made of all at once.
+
+    Attributes:
+        vector: the counts.
+        scalars: the same, one by one.
+    """
+
+    def __init__(self, vector: Any):
+        self.vector = vector
+        self.scalars = ops.unstack(vector)
+        self._places = {id(t): i for i, t in enumerate(self.scalars)}
+
+    def place(self, t: Any) -> int | None:
+        """Which of the counts `t` is, None for another tensor."""
+        return self._places.get(id(t))
+
+
 class Decay:
     """A decay rate inside a rule: a number beta with an exact `1 - beta`.
 
@@ -356,10 +374,12 @@ class Decay:
     0.001999
     """
 
-    def __init__(self, value: Any, complement: Any):
+    def __init__(self, value: Any, complement: Any, each: EachCount | None = None):
         self.value = value
         self.complement = complement
         self._power: tuple[Any, Decay] | None = None
+        self._each = each
+        self._powers: list[Decay] | None = None
 
     def __mul__(self, other: Any) -> Any:
         return self.value * other
@@ -372,6 +392,13 @@ class Decay:
         return self.complement
 
     def __pow__(self, t: Any) -> Decay:
+        place = None if self._each is None else self._each.place(t)
+        if place is not None:
+            if self._powers is None:
+                power = Decay(self.value, self.complement) ** self._each.vector
+                pairs = zip(ops.unstack(power.value), ops.unstack(power.complement))
+                self._powers = [Decay(*pair) for pair in pairs]
+            return self._powers[place]
         if self._power is None or self._power[0] is not t:
             exponent = t * ops.log1p(-self.complement)
             self._power = t, Decay(ops.exp(exponent), -ops.expm1(exponent))

@@ -13,6 +13,7 @@ from tf_effopt import copies, engine, overrides, representation
 from tf_effopt.arguments import all_arguments, check_attribute, unknown_argument
 from tf_effopt.base import Optimizer
 from tf_effopt.checks import checked_gradients
+from tf_effopt.engine.counts import MISSED
 from tf_effopt.hyperparameters import Hyperparameter, Integer, Positive
 from tf_effopt.saving import OF_LOSS_SCALE, size_of_loss_scale
 
@@ -247,6 +248,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if own is None:
             own = [ops.convert_to_numpy(v) for v in self._variables]
         self.inner_optimizer.save_own_variables(inner)
+        if MISSED in inner:
+            store[MISSED] = inner.pop(MISSED)
         for i, value in enumerate([*own, *inner.values()]):
             store[str(i)] = value
 
@@ -258,12 +261,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         Raises:
             ValueError: the state is that of another optimizer or model.
         """
-        state = [np.array(store[str(i)]) for i in range(len(store.keys()))]
+        keys = set(store.keys())
+        state = [np.array(store[str(i)]) for i in range(len(keys - {MISSED}))]
         n = size_of_loss_scale(state)
         own, inner = state[:n], state[n:]
-        self.inner_optimizer.load_own_variables(
-            {str(i): value for i, value in enumerate(inner)}
-        )
+        inner = {str(i): value for i, value in enumerate(inner)}
+        if MISSED in keys:
+            inner[MISSED] = np.array(store[MISSED])
+        self.inner_optimizer.load_own_variables(inner)
         if self.built or n < OF_LOSS_SCALE:
             self._assign_own(own)  # Nothing, if the state is another optimizer's.
         else:

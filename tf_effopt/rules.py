@@ -103,11 +103,15 @@ class ModelRule:
             before its rule, with what the rule may take and with `slots` of
             both: the tensor's, and the model's as keyword arguments. `sums`
             is a dict of scalars; `rule` gets their sums over all tensors.
+        each_count: whether the numbers are those of each variable by its count of
+            updates: `rule` depends on `t` and hyperparameters alone, has no slots
+            and no `measure`, and is called with a vector of counts as `t`.
     """
 
     rule: Callable
     slots: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
     measure: Callable | None = None
+    each_count: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

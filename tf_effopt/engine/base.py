@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from tf_effopt import precision
+from tf_effopt.engine import counts
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.plan import (
     CLIP_ARGUMENTS,
@@ -52,6 +53,7 @@ class Engine:
         self.state: list[dict | None] = []
         self.model_state: dict[int, dict[str, Any]] = {}
         self.variables: list[TrainedVariable | None] = []
+        self.counts_each = False  # whether a variable's own count matters
         self.plan: Plan | None = None
 
     # ------------------------------------------------------------- building
@@ -67,8 +69,9 @@ class Engine:
     def check_variable(self, variable: Any) -> None:
         """Raises `ValueError` if this engine can't train `variable`."""
 
-    def check_has_value(self, variable: Any) -> None:
-        """Raises `ValueError` if `variable` isn't initialized yet."""
+    def has_value(self, variable: Any) -> bool:
+        """Whether `variable` is initialized: not where `fit` builds the layers."""
+        return True
 
     def build(
         self, state: list[dict | None], model_state: dict[int, dict[str, Any]]
@@ -78,6 +81,7 @@ class Engine:
         self.model_state = model_state
         self.owners = self.optimizer.owners()
         self.plan, self.variables = make_plan(self.optimizer, state)
+        self.counts_each = counts.uses_counts(self.plan, self.variables)
         for owner in self.owners[1:]:
             owner.attach(self)
 
@@ -118,9 +122,44 @@ class Engine:
         """
         raise NotImplementedError
 
+    def without_gradient(self, indices: list[int]) -> list[int]:
+        """The trained variables that miss an update of those of `indices`."""
+        if not self.counts_each:
+            return []
+        left_out = set(indices) | self.optimizer._frozen
+        return [
+            i
+            for i, tensors in enumerate(self.state)
+            if tensors is not None and i not in left_out
+        ]
+
+    def updates_between(self, before: Any, after: Any) -> Any:
+        """How many updates there were between two counts of micro-steps."""
+        n = self.plan.accumulation_steps
+        return after // n - before // n
+
+    def count_missed(self, indices: list[int], updates: Any) -> None:
+        """Counts updates that the variables of `indices` missed."""
+
+    def missed(self) -> np.ndarray | None:
+        """What each variable missed of the updates; None if all have one count."""
+        return None
+
+    def set_missed(self, missed: np.ndarray | None) -> None:
+        """Sets what each variable missed of the updates; None for nothing."""
+
     def count_step(self) -> Any:
         """A step in which no rule has anything to do; returns true."""
         iterations = self.optimizer._iterations
+        before = ops.convert_to_tensor(iterations.value)
+        for tensors in self.state if self.plan.ema else ():
+            if tensors is not None:  # It starts here if the weight had no value before.
+                start = _value(tensors["weight"])
+                average = ops.where(before == 0, start, _value(tensors["average"]))
+                self.assign_alike(tensors["average"], average)
+        absent = self.without_gradient([])
+        if absent:
+            self.count_missed(absent, self.updates_between(before, before + 1))
         self.assign_alike(iterations, iterations + 1)
         return ops.equal(iterations, iterations)
 
@@ -189,6 +228,7 @@ class Engine:
             ops.convert_to_tensor(optimizer.learning_rate),
             ops.convert_to_tensor(self.hyperparameters()),
             values(self.model_state),
+            self.missed(),
         )
 
     def assign_everywhere(self, variable: Any, value: Any) -> None:

@@ -55,16 +55,27 @@ class Inputs:
         known = self.totals or {}
         return known[phase] if phase in known else sums()
 
+    def _count(self, v: TrainedVariable) -> Any:
+        """The number of this update of a variable, or of each in a stack."""
+        t, missed = self.t, self.scalars.missed
+        if missed is None:
+            return t
+        if not v.is_stack:
+            return t - ops.cast(missed[v.index], t.dtype)
+        missed = ops.stack([missed[i] for i in v.members])
+        missed = ops.reshape(missed, (-1,) + (1,) * (len(v.shape) - 1))
+        return t - ops.cast(missed, t.dtype)
+
     def slots(self, v: TrainedVariable, tensors: dict) -> dict[str, Any]:
         """The slots of a variable in the dtype of the arithmetic.
 
-        Before the first update those that start at the weight are the weight of now:
-        it may have been loaded after `build`.
+        Before the variable's first update those that start at the weight are the
+        weight of now: it may have been loaded after `build`, or had no value then.
         """
         slots = {k: ops.cast(x, v.compute_dtype) for k, x in tensors["slots"].items()}
         for letter in v.starts_at_weight:
             w = ops.cast(tensors["weight"], v.compute_dtype)
-            slots[letter] = ops.where(self.t == 1, w, slots[letter])
+            slots[letter] = ops.where(self._count(v) == 1, w, slots[letter])
         return slots
 
 

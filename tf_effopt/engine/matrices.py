@@ -123,6 +123,26 @@ def _stacks(members: list[int], views: dict[int, View], most: int) -> list[list[
     return stacks
 
 
+def _counted(
+    inputs: Inputs, members: list[int], views: dict[int, View], arguments: Arguments
+) -> dict[str, Any]:
+    """What follows from the counts, of shape `(n, 1, 1)`: each matrix has its own."""
+    variables = [inputs.variables[i] for i in members]
+    if "t" not in variables[0].rule.names and inputs.plan.model is None:
+        return {}
+    of_each = [arguments.counted(v.compute_dtype, v.index) for v in variables]
+    counts = [views[i].count for i in members]
+    return {
+        name: ops.concatenate(
+            [
+                ops.broadcast_to(own[name], (n, 1, 1))
+                for own, n in zip(of_each, counts, strict=True)
+            ]
+        )
+        for name in of_each[0]
+    }
+
+
 def _together(
     inputs: Inputs,
     members: list[int],
@@ -150,6 +170,7 @@ def _together(
     if "w" in first.rule.names:
         weights = [state[i]["weight"] for i in members]
         own["w"] = stacked([ops.cast(w, first.compute_dtype) for w in weights])
+    own |= _counted(inputs, members, views, arguments)
     if share is not None:
         rule = share.of(rule, sum(views[i].count for i in members))
     delta, after = rule(

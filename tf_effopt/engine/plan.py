@@ -10,11 +10,12 @@ from typing import Any
 from keras import ops
 
 from tf_effopt import precision
-from tf_effopt.hyperparameters import Number
+from tf_effopt.engine.counts import Counts, follows_variables, numbers_of_each
+from tf_effopt.hyperparameters import Decay, Number
 from tf_effopt.rules import Evaluation, Matrices, ModelRule
 
 # Arguments of a rule that aren't hyper-parameters of its class.
-STEP_ARGUMENTS = ("t", "learning_rate", "w", "noise", "input_axes")
+STEP_ARGUMENTS = ("t", "counts", "learning_rate", "w", "noise", "input_axes")
 CLIP_ARGUMENTS = ("clipnorm", "clipvalue", "global_clipnorm")
 STAGE_ARGUMENTS = (
     *CLIP_ARGUMENTS,
@@ -52,6 +53,7 @@ class BoundModelRule:
     rule: Bound
     measure: Bound | None
     starts: dict[str, float]
+    each_count: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,7 @@ class TrainedVariable:
         input_axes: those along which the weights of an output unit lie.
         starts_at_weight: the letters of the slots that do.
         is_stack: whether it is several variables, along the first axis of each tensor.
+        members: the indices of a stack's variables.
     """
 
     index: int
@@ -107,6 +110,7 @@ class TrainedVariable:
     input_axes: tuple[int, ...]
     starts_at_weight: tuple[str, ...]
     is_stack: bool = False
+    members: tuple[int, ...] = ()
 
     @property
     def compute_dtype(self) -> str:
@@ -204,12 +208,15 @@ class Scalars:
         learning_rate: float.
         pairs: of shape `(len(plan.numbers), 2)`: value and 1 minus value.
         model: owner -> letter -> the model's slots before this step.
+        missed: integers, what each variable missed of the updates; None if all
+            have the model's count. See `tf_effopt.engine.counts`.
     """
 
     iterations: Any
     learning_rate: Any
     pairs: Any
     model: dict[int, dict[str, Any]]
+    missed: Any = None
 
 
 class Arguments:
@@ -223,10 +230,15 @@ class Arguments:
         self._cached: dict[tuple[int, str], dict[str, Any]] = {}
         self._zeros: dict[str, Any] = {}
         self._rates: dict[tuple, Any] = {}
+        self._numbers_of_each: dict[str, dict[str, list[Any]]] = {}
+        self.counts: Counts | None = None
+        if scalars.missed is not None:
+            self.counts = Counts(t, scalars.missed)
 
     def anew(self) -> Arguments:
-        """The same, of which no tensor has been made yet."""
-        other = Arguments(self.plan, self.scalars, self.t)
+        """The same, of which no tensor has been made yet, and without counts."""
+        scalars = dataclasses.replace(self.scalars, missed=None)
+        other = Arguments(self.plan, scalars, self.t)
         other.numbers = self.numbers
         return other
 
@@ -239,7 +251,15 @@ class Arguments:
                 name: kind.as_rule_argument(pairs[i, 0], pairs[i, 1])
                 for i, ((whose, name), kind) in enumerate(self.plan.numbers.items())
                 if whose == owner
-            } | {
+            }
+            if owner == OPTIMIZER and self._follows_variables:
+                each = self.counts.each(dtype)
+                self._cached[key] |= {
+                    name: Decay(x.value, x.complement, each)
+                    for name, x in self._cached[key].items()
+                    if isinstance(x, Decay)
+                }
+            self._cached[key] |= {
                 "learning_rate": ops.cast(self.scalars.learning_rate, dtype),
                 "t": ops.cast(self.t, dtype),
             }
@@ -264,13 +284,31 @@ class Arguments:
             self._rates[key] = rate
         return self._rates[key]
 
+    @property
+    def _follows_variables(self) -> bool:
+        return self.counts is not None and follows_variables(self.plan)
+
+    def counted(self, dtype: str, index: int) -> dict[str, Any]:
+        """What the rule of one variable receives that follows from its count."""
+        if not self._follows_variables:
+            return {}
+        each = self.counts.each(dtype)
+        if dtype not in self._numbers_of_each:
+            model, made = self.plan.model, {}
+            if model is not None:
+                made = numbers_of_each(model, self.of(OPTIMIZER, dtype), each)
+            self._numbers_of_each[dtype] = made
+        made = self._numbers_of_each[dtype]
+        return {"t": each.scalars[index]} | {k: x[index] for k, x in made.items()}
+
     def for_variable(self, v: TrainedVariable, owner: int = OPTIMIZER) -> dict:
-        """As `of`, with the final learning rate and the decay of one variable."""
+        """As `of`, with what is of one variable: learning rate, decay and count."""
         dtype = v.compute_dtype
         decay = self._zero(dtype) if v.decay is None else self.number(*v.decay, dtype)
         return self.of(owner, dtype) | {
             "learning_rate": self._learning_rate(v),
             "weight_decay": decay,
+            **(self.counted(dtype, v.index) if owner == OPTIMIZER else {}),
         }
 
 
@@ -350,6 +388,7 @@ class Binder:
             rule=self.bind(model.rule),
             measure=None if model.measure is None else self.bind(model.measure),
             starts={letter: start for letter, (_, start) in model.slots.items()},
+            each_count=model.each_count,
         )
 
     def bind_evaluation(self, evaluation: Evaluation | None) -> BoundEvaluation | None:

@@ -10,6 +10,7 @@ import contextlib
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from tf_effopt.engine import stages
@@ -26,6 +27,8 @@ class PortableEngine(Engine):
         self.backend = keras.backend.backend()
         self.has_run = False
         self._skipped = 0
+        # Not part of the state that JAX passes: a step that it has compiled holds it.
+        self._missed: np.ndarray | None = None
 
     def set_hyperparameter(self, owner: Any, name: str, value: Any) -> None:
         if self.backend == "jax" and self.has_run:
@@ -80,11 +83,32 @@ class PortableEngine(Engine):
         _assign(self.model_state, outcome.model)
         if self.backend == "torch":
             self._skipped += int(not outcome.finite)
-        optimizer._iterations.assign(
-            optimizer._iterations.value
-            + ops.cast(outcome.counted, optimizer._iterations.dtype)
-        )
+        before = optimizer._iterations.value
+        after = before + ops.cast(outcome.counted, optimizer._iterations.dtype)
+        absent = self.without_gradient(list(by_index))
+        if absent:
+            self.count_missed(absent, self.updates_between(before, after))
+        optimizer._iterations.assign(after)
         return outcome.finite
+
+    def count_missed(self, indices: list[int], updates: Any) -> None:
+        if self.backend == "jax":
+            return  # See `Optimizer`: there `carry_over` alone makes counts differ.
+        updates = int(ops.convert_to_numpy(updates))
+        if updates:
+            missed = np.zeros(len(self.state), "int64")
+            if self._missed is not None:
+                missed += self._missed
+            missed[indices] += updates
+            self.set_missed(missed)
+
+    def missed(self) -> np.ndarray | None:
+        return self._missed
+
+    def set_missed(self, missed: np.ndarray | None) -> None:
+        if missed is not None and not (self.counts_each and missed.any()):
+            missed = None
+        self._missed = missed
 
     def skipped_steps(self) -> int | None:
         return self._skipped if self.backend == "torch" else None

@@ -84,7 +84,8 @@ def _one(variables: list[TrainedVariable], group: list[int]) -> TrainedVariable:
     if len(group) == 1:
         return first
     shape = len(group), *first.shape
-    return dataclasses.replace(first, shape=shape, is_stack=True)
+    members = tuple(variables[i].index for i in group)
+    return dataclasses.replace(first, shape=shape, is_stack=True, members=members)
 
 
 def _stacked(nested: list[Any], group: list[int]) -> Any:

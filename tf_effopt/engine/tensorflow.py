@@ -41,6 +41,7 @@ class TensorFlowEngine(Engine):
         self._programs: dict[tuple, list[Program]] = {}
         self._pairs: tf.Variable | None = None
         self._skipped: tf.Variable | None = None
+        self._missed: tf.Variable | None = None
         self._warned_of: set[tuple[str, str]] = set()
 
     # ------------------------------------------------------------- building
@@ -70,17 +71,10 @@ class TensorFlowEngine(Engine):
                 f"{type(self.strategy).__name__} with {replicas} replica(s)."
             )
 
-    def check_has_value(self, variable: Any) -> None:
+    def has_value(self, variable: Any) -> bool:
         local = _local(variable)
         with tf.init_scope():
-            has_value = bool(tf.raw_ops.VarIsInitializedOp(resource=local.handle))
-        if not has_value:
-            raise ValueError(
-                f"{path_of(variable)} has no value yet, and this optimizer keeps "
-                "something that starts at it (an average, or a copy of the weights). "
-                "The model's layers are only now being built, inside of the compiled "
-                "step: call the model on a batch before `fit`."
-            )
+            return bool(tf.raw_ops.VarIsInitializedOp(resource=local.handle))
 
     def build(
         self, state: list[dict | None], model_state: dict[int, dict[str, Any]]
@@ -97,6 +91,10 @@ class TensorFlowEngine(Engine):
         self._skipped = tf.Variable(
             0, dtype="int64", trainable=False, aggregation=only_first
         )
+        if self.counts_each:
+            self._missed = tf.Variable(
+                np.zeros(len(state), "int64"), trainable=False, aggregation=only_first
+            )
 
     def set_hyperparameter(self, owner: Any, name: str, value: Any) -> None:
         key = self.number_of(owner), name
@@ -137,6 +135,11 @@ class TensorFlowEngine(Engine):
         ]
         outcome = outcomes[0]  # that of all devices is the same
         _assign(_map(_local, self.model_state), scalars.model, outcome.model)
+        absent = self.without_gradient(indices)
+        if absent:
+            before = scalars.iterations
+            after = before + tf.cast(outcome.counted, before.dtype)
+            self.count_missed(absent, self.updates_between(before, after))
         self._count(optimizer._iterations, outcome.counted)
         self._count(self._skipped, tf.logical_not(outcome.finite))
         return outcome.finite
@@ -214,6 +217,26 @@ class TensorFlowEngine(Engine):
         """What this engine keeps that neither Keras nor a checkpoint knows."""
         return {k: v for k, v in vars(self).items() if isinstance(v, tf.Variable)}
 
+    def count_missed(self, indices: list[int], updates: Any) -> None:
+        # At run time, not when it is traced: a trace of before must know it as well.
+        absent = np.zeros(len(self.state), "int64")
+        absent[indices] = 1
+        self._count(self._missed, absent * tf.cast(updates, "int64"))
+
+    @property
+    def missed_record(self) -> tf.Variable | None:
+        """What checkpoints hold of it; None where nothing depends on it."""
+        return self._missed
+
+    def missed(self) -> np.ndarray | None:
+        missed = None if self._missed is None else self._missed.numpy()
+        return missed if missed is not None and missed.any() else None
+
+    def set_missed(self, missed: np.ndarray | None) -> None:
+        if self._missed is not None:
+            missed = np.zeros(len(self.state), "int64") if missed is None else missed
+            self._missed.assign(missed)
+
     def skipped_steps(self) -> int | None:
         return 0 if self._skipped is None else int(self._skipped.numpy())
 
@@ -224,6 +247,7 @@ class TensorFlowEngine(Engine):
             tf.convert_to_tensor(optimizer.learning_rate),
             tf.convert_to_tensor(self._pairs),
             _map(tf.convert_to_tensor, _map(_local, self.model_state)),
+            None if self._missed is None else tf.convert_to_tensor(self._missed),
         )
 
     def number_now(self, name: str) -> Any:
@@ -308,6 +332,7 @@ class TensorFlowEngine(Engine):
                 tf.zeros(()),
                 tf.zeros((len(self.plan.numbers), 2), self.scalar_dtype),
                 _map(lambda x: tf.zeros(x.shape, x.dtype), self.model_state),
+                tf.zeros(len(self.state), "int64") if self.counts_each else None,
             )
             after, outcome = stages.step(
                 Inputs(self.plan, plan_variables, state, gradients, scalars)
@@ -508,6 +533,7 @@ def _plain(scalars: Scalars) -> tuple:
         scalars.learning_rate,
         scalars.pairs,
         scalars.model,
+        scalars.missed,
     )
 
 

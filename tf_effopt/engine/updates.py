@@ -84,11 +84,22 @@ def upkept(
         slots = inputs.plan.upkeep(
             [gradients[i] for i in members],
             [state[i]["slots"] for i in members],
-            arguments=arguments.of(OPTIMIZER, dtype),
+            arguments=arguments.of(OPTIMIZER, dtype)
+            | {"counts": _counts(inputs, members, arguments, dtype)},
         )
         for i, own in zip(members, slots, strict=True):
             after[i] = state[i] | {"slots": own}
     return after
+
+
+def _counts(
+    inputs: Inputs, members: list[int], arguments: Arguments, dtype: str
+) -> list[Any]:
+    """The number of this update of each of these variables."""
+    if arguments.counts is None:
+        return [ops.cast(arguments.t, dtype)] * len(members)
+    each = arguments.counts.each(dtype)
+    return [each.scalars[inputs.variables[i].index] for i in members]
 
 
 def _at_training(
@@ -152,13 +163,16 @@ def _rule_of_each(
 ) -> tuple[Any, dict]:
     """What the rule makes of each member of a stack, as stacks."""
 
+    counted = [arguments.counted(v.compute_dtype, i) for i in v.members]
+    counted = {k: ops.stack([own[k] for own in counted]) for k in counted[0]}
+
     def rule(tensors: tuple) -> tuple[Any, dict]:
-        g, slots, w = tensors
+        g, slots, w, counted = tensors
         # Made here: what is made in this function can't be used outside of it.
-        mine = arguments.anew().for_variable(v) | {"w": w}
+        mine = arguments.anew().for_variable(v) | {"w": w} | counted
         return v.rule(g, slots, arguments=mine)
 
-    return ops.vectorized_map(rule, (g, slots, w))
+    return ops.vectorized_map(rule, (g, slots, w, counted))
 
 
 def switched(inputs: Inputs, to_evaluation: bool) -> list[Any]:

@@ -83,6 +83,10 @@ class Nadam(Optimizer):
     Keeps 2 values per parameter, and 1 in all. Takes
     `keras.optimizers.Nadam`'s arguments and loads its state.
 
+    Its schedule of momentum belongs to the whole model: a variable that joins later
+    has the model's count of updates, so its first steps aren't corrected for moments
+    that start at 0, and are several learning rates long.
+
     When not to use it: where a learning rate for `Adam` is at its edge of
     stability; this one's first steps are longer.
 

@@ -145,6 +145,9 @@ class Prodigy(Optimizer):
 
     Keeps 4 values per parameter, and 2 in all.
 
+    Its step size belongs to the whole model: a variable that joins later starts at
+    its weight of then, with the model's step size and count of updates.
+
     When not to use it: where memory is short, or a good learning rate is known.
     With weight sizes that differ widely between layers the estimate is that of
     the largest.

@@ -29,11 +29,11 @@ def radam_rectification(sums, slots, *, t, beta_2):
     """Returns the paper's `rho_t`, and `r_t`, or 0 for that if `rho_t` is below 5.
 
     Args:
-        t: scalar, the number of this update, from 1.
+        t: scalar or vector, the numbers of updates, from 1.
         beta_2: share of the second moment kept per update, in [0, 1).
 
     Returns:
-        `(numbers, slots)`: `rho` and `r`, the same for all tensors; no slots.
+        `(numbers, slots)`: `rho` and `r`, of each tensor by its count; no slots.
     """
     rho_inf = 1 + 2 * beta_2 / (1 - beta_2)
     rho = average_length(beta_2, t)
@@ -126,7 +126,7 @@ class RAdam(Optimizer):
 
     rule = staticmethod(radam_rule)
     slots = Slots(m="momentum", v="velocity")
-    model_rule = ModelRule(radam_rectification)
+    model_rule = ModelRule(radam_rectification, each_count=True)
     beta_1 = DecayRate()
     beta_2 = DecayRate()
     epsilon = Positive()

@@ -117,6 +117,9 @@ class ScheduleFreeAdamW(Optimizer):
     `keras.optimizers.ScheduleFreeAdamW`'s arguments, and converts the state it
     saved.
 
+    Its averaging belongs to the whole model: a variable that joins later starts at its
+    weight of then, with the model's count of updates and share of the average.
+
     When not to use it: with a learning-rate schedule, or with `use_ema`, whose average
     of `y` then takes the weights' place only by `ema_overwrite_frequency`. Statistics of
     `BatchNormalization` are those of `y`: run some batches at `x` in training

@@ -78,14 +78,16 @@ def soap_rule(
     return delta, new_slots
 
 
-def soap_upkeep(gs, slots, *, t, precondition_frequency):
+def soap_upkeep(gs, slots, *, t, counts, precondition_frequency):
     """Returns all tensors' next slots, with bases that follow the statistics.
 
     Args:
         gs: for each tensor its gradient.
         slots: for each tensor a dict, see `soap_rule`, after its rule.
-        t: scalar, the number of this update, from 1. The first one makes the
-            bases, of its gradients.
+        t: scalar, the number of this update of the model, from 1: all bases are
+            renewed at the same updates.
+        counts: for each tensor the number of its update, from 1. The first one
+            makes its bases, of its gradient.
         precondition_frequency: after so many updates the bases take one step
             of power iteration; None for never.
     """
@@ -100,6 +102,8 @@ def soap_upkeep(gs, slots, *, t, precondition_frequency):
     L = [slots[i][f"L{k}"] for i, k in axes]
     Q = [slots[i][f"Q{k}"] for i, k in axes]
     v = [s["v"] for s in slots]
+    counts = ops.stack(counts)
+    starts = ops.any(counts < 2)
 
     def first():
         return left_singular_vectors([unfolded(gs[i], k) for i, k in axes]), v
@@ -114,10 +118,16 @@ def soap_upkeep(gs, slots, *, t, precondition_frequency):
         return columns, moved
 
     def changed():
-        columns, moved = ops.cond(t < 2, first, renewed)
-        return together(orthonormal, columns), moved
+        columns, moved = ops.cond(starts, first, renewed)
+        bases = together(orthonormal, columns)
+        # Where some tensors start, the others' bases wait for the next renewal.
+        changes = ops.logical_or(ops.logical_not(starts), counts < 2)
+        return [
+            ops.where(changes[i], basis, old)
+            for (i, k), basis, old in zip(axes, bases, Q, strict=True)
+        ], moved
 
-    is_due = t < 2
+    is_due = starts
     if precondition_frequency is not None:
         is_due = is_due | ((t - 1) % precondition_frequency == 0)
     bases, moved = ops.cond(is_due, changed, lambda: (Q, v))
