@@ -830,3 +830,22 @@ def test_a_whole_moment_of_version_0_1_0_is_factored():
     expected = [first.mean(1), first.mean(0), *values[1:4], last.mean(1), last.mean(0)]
     for variable, value in zip(optimizer.variables[2:], expected, strict=True):
         np.testing.assert_array_equal(variable.numpy(), value)
+
+
+def test_a_loss_scale_that_was_loaded_goes_on_where_fit_builds(tmp_path):
+    def new_model():
+        optimizer = tf_effopt.LossScaleOptimizer(SGD(0.1), dynamic_growth_steps=50)
+        return compiled_model(optimizer)
+
+    whole = train(new_model(), 3)
+    whole.save_weights(tmp_path / "w.weights.h5")
+    train(whole, 2)
+    again = new_model()
+    again.load_weights(tmp_path / "w.weights.h5")
+    train(again, 2)
+    assert int(again.optimizer.step_counter.numpy()) == 5
+    again.optimizer.build(again.trainable_variables)  # changes nothing
+    for mine, other in zip(
+        again.optimizer.variables, whole.optimizer.variables, strict=True
+    ):
+        np.testing.assert_array_equal(mine.numpy(), other.numpy())

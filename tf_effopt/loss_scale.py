@@ -154,10 +154,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """Makes the state for `var_list`, and assigns what was loaded before."""
         if not var_list:
             return  # As Keras builds it that loads a model's `.h5`.
-        super().build(var_list)
-        if self._state_to_load is not None:
-            self._assign_own(self._state_to_load)
-            self._state_to_load = None
+        # `fit` builds while it traces its step: what is assigned there would be
+        # assigned in each step.
+        with engine.create(self).building():
+            if not self.built:
+                super().build(var_list)
+            if self._state_to_load is not None:
+                self._assign_own(self._state_to_load)
+                self._state_to_load = None
 
     def apply(self, grads: list[Any], trainable_variables: Any = None) -> None:
         """Updates variables by the gradients of the scaled loss."""
