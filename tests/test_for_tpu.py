@@ -78,7 +78,12 @@ OPTIONS = [
     lambda: {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2},
     lambda: {"loss_scale_factor": 8.0},
     lambda: {"groups": [Group("scale_1", learning_rate_multiplier=0.1)]},
-    lambda: {"groups": [Group("scale_0", frozen=True), Group("k", weight_decay=0.5)]},
+    lambda: {
+        "groups": [
+            Group("scale_0", frozen=True),
+            Group(["kernel", "other_kernel"], weight_decay=0.5),
+        ]
+    },
     *(lambda t=transform: {"transforms": [t()]} for transform in TRANSFORMS.values()),
 ]
 

@@ -874,7 +874,7 @@ def test_describe_shows_the_numbers_of_now():
     matrix = keras.Variable(np.ones((2, 3), "float32"), name="matrix")
     w, b = variable(1, 2), variable(1, name="bias")
     group = Group("matrix", learning_rate_multiplier=0.5)
-    groups = [group, Group("x", weight_decay=0.1)]
+    groups = [group, Group(re.compile("x"), weight_decay=0.1)]
     optimizer = TwoDecays(1.0, 0.25, groups=[*groups, Group("bias", frozen=True)])
     assert optimizer.describe().startswith("TwoDecays(learning_rate=1")
     optimizer.build([matrix, w, b])

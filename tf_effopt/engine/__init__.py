@@ -33,11 +33,18 @@ def create(optimizer: Any) -> Engine:
 
 
 def without_autograph(function: Callable) -> Callable:
-    """Keeps TensorFlow from rewriting a function that a graph calls.
+    """Keeps TensorFlow and `torch.compile` from rewriting a function that a step calls.
 
-    Ours has no Python `if` or `for` over tensors; to look for them takes as
-    long as to trace the update.
+    In TensorFlow's graphs, ours has no Python `if` or `for` over tensors; to look for
+    them takes as long as to trace the update. PyTorch's update has an `if`, whether
+    the gradient is finite, around calls of Keras that make a new name each time:
+    `torch.compile` would compile all of it anew at each step, and then give it up. It
+    compiles the rest of a step once, and the update runs as without it.
     """
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.compiler.disable(function)
     if keras.backend.backend() != "tensorflow":
         return function
     from tf_effopt.engine.tensorflow import do_not_convert
