@@ -834,15 +834,17 @@ def test_a_whole_moment_of_version_0_1_0_is_factored():
 
 def test_a_loss_scale_that_was_loaded_goes_on_where_fit_builds(tmp_path):
     def new_model():
-        optimizer = tf_effopt.LossScaleOptimizer(SGD(0.1), dynamic_growth_steps=50)
-        return compiled_model(optimizer)
+        optimizer = tf_effopt.LossScaleOptimizer(
+            tf_effopt.SGD(0.1), dynamic_growth_steps=50
+        )
+        return cases.compiled_model(optimizer)
 
-    whole = train(new_model(), 3)
+    whole = cases.train(new_model(), 3)
     whole.save_weights(tmp_path / "w.weights.h5")
-    train(whole, 2)
+    cases.train(whole, 2)
     again = new_model()
     again.load_weights(tmp_path / "w.weights.h5")
-    train(again, 2)
+    cases.train(again, 2)
     assert int(again.optimizer.step_counter.numpy()) == 5
     again.optimizer.build(again.trainable_variables)  # changes nothing
     for mine, other in zip(
