@@ -77,6 +77,7 @@ DISTRIBUTE = ("fit", "hooks", "shares", "stand_ins", "strategies", "whole_batche
 TENSORFLOW = [
     "engine/reduction.py",
     "engine/tensorflow.py",
+    "engine/watching.py",
     *(f"distribute/{name}.py" for name in DISTRIBUTE),
     *(f"tpu/{name}.py" for name in ("replicas", "report", "steps")),
 ]
