@@ -62,9 +62,42 @@ def test_variables_must_be_a_list_of_variables():
 
 
 def test_a_variable_given_twice_is_refused():
+    """The advice gives the right step: the gradient is the sum over both uses."""
     w = variable(1.0, name="twice")
-    with pytest.raises(ValueError, match="once.*twice"):
-        SGD(1.0).apply([tf.ones(1), tf.ones(1)], [w, w])
+    with tf.GradientTape() as tape:
+        loss = 3.0 * w + w * w
+    gradients = tape.gradient(loss, [w, w])
+    advice = "list it once, with the gradient that `tape.gradient`.*twice"
+    with pytest.raises(ValueError, match=advice) as caught:
+        SGD(0.1).apply(gradients, [w, w])
+    assert "add up" not in str(caught.value)
+    SGD(0.1).apply(gradients[:1], [w])
+    np.testing.assert_allclose(w.numpy(), [1.0 - 0.1 * (3.0 + 2.0)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Adam(0.1), lambda: LossScaleOptimizer(Adam(0.1))]
+)
+def test_no_gradients_and_no_variables_are_nothing_to_do(make):
+    w, optimizer = variable(1.0), make()
+    before = arrays(optimizer.variables)
+    for nothing in (([], []), ((), ()), ([],), ([], None)):
+        optimizer.apply(*nothing)
+    optimizer.build([])
+    assert not optimizer.built
+    for a, b in zip(before, arrays(optimizer.variables), strict=True):
+        np.testing.assert_array_equal(a, b)
+    scale = float(optimizer.scale_loss(1.0))
+    optimizer.apply([tf.constant([2.0 * scale])], [w])
+    optimizer.apply([], [])
+    np.testing.assert_allclose(w.numpy(), [0.9], rtol=1e-5)
+    assert int(optimizer.iterations) == 1
+
+
+@pytest.mark.parametrize("grads, count", [([], 1), ([1.0], 0)])
+def test_gradients_of_other_variables_than_given_are_refused(grads, count):
+    with pytest.raises(ValueError, match=f"{len(grads)} gradients for {count} var"):
+        SGD().apply(grads, [variable(1.0)] * count)
 
 
 def test_rows_need_no_dense_shape():

@@ -32,6 +32,7 @@ from tf_effopt.checks import (
     checked_learning_rate,
     checked_transforms,
     checked_variables,
+    is_nothing,
     same_shape,
     without_none,
 )
@@ -523,6 +524,9 @@ class Optimizer(keras.optimizers.Optimizer):
             trainable_variables: their variables, all or some of those that the
                 optimizer was built on; None means all.
 
+        Without any gradient and variable, `apply([], [])` or `apply([])`, nothing
+        happens: the optimizer isn't built, and no step is counted.
+
         Raises:
             ValueError: gradients and variables don't match.
         """
@@ -536,6 +540,8 @@ class Optimizer(keras.optimizers.Optimizer):
             A boolean scalar tensor. False means that nothing was changed.
         """
         grads = checked_gradients(grads)
+        if is_nothing(grads, trainable_variables):
+            return keras.ops.convert_to_tensor(True)
         variables = self.matching_variables(grads, trainable_variables)
         grads, variables = self._without_frozen(grads, variables)
         if variables:
@@ -548,6 +554,14 @@ class Optimizer(keras.optimizers.Optimizer):
             return self._engine.count_step()
         indices = [self._get_variable_index(v) for v in variables]
         return self._engine.apply(list(grads), indices)
+
+    def stateless_apply(
+        self, optimizer_variables: list, grads: list, trainable_variables: list
+    ) -> tuple[list, list]:
+        """As Keras's; of a model that has nothing to train, it returns what it got."""
+        if not self.built and is_nothing(grads, trainable_variables):
+            return [], list(optimizer_variables)
+        return super().stateless_apply(optimizer_variables, grads, trainable_variables)
 
     def apply_gradients(self, grads_and_vars: Any) -> Any:
         """As `apply`, of pairs of a gradient and its variable."""

@@ -82,8 +82,10 @@ def checked_variables(variables: Any) -> list[Any]:
         seen: set[int] = set()
         twice = [path_of(v) for v in variables if id(v) in seen or seen.add(id(v))]
         raise ValueError(
-            "Each variable must be given once; add up the gradients of one that is "
-            f"used several times. Received twice: {twice}"
+            "Each variable must be given once, also one that several layers share: "
+            "list it once, with the gradient that `tape.gradient` (or `jax.grad`, "
+            "or `.grad`) gives for it, which is the sum over all its uses already. "
+            f"Received twice: {twice}"
         )
     return variables
 
@@ -106,6 +108,12 @@ def checked_gradients(grads: Any) -> list[Any]:
             )
         checked.append(g)
     return checked
+
+
+def is_nothing(grads: Any, variables: Any) -> bool:
+    """Whether there are neither gradients nor variables: nothing is to be done."""
+    lists = [grads, [] if variables is None else variables]
+    return all(isinstance(x, list | tuple) and len(x) == 0 for x in lists)
 
 
 def _is_real(gradient: Any) -> bool:
