@@ -10,7 +10,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 
-from tf_effopt import Adam, LossScaleOptimizer
+from tf_effopt import SGD, Adam, LossScaleOptimizer
 
 BACKEND = keras.backend.backend()
 
@@ -47,7 +47,51 @@ def nothing_to_train(make) -> None:
     assert not np.array_equal(before[0], model.get_weights()[0])
 
 
+TABLE = np.arange(8, dtype="float32").reshape(4, 2)
+ROWS, VALUES = [2, 0, 2], np.array([[1, 2], [3, 4], [5, 6]], "float32")
+RIGHT = TABLE.copy()
+np.subtract.at(RIGHT, ROWS, 0.5 * VALUES)
+
+
+def sparse_gradients():
+    """The same rows, one of them twice, in each form that the backend has."""
+    if BACKEND == "jax":
+        from jax.experimental import sparse
+
+        indices = np.array(ROWS)[:, None]
+        yield sparse.BCOO((keras.ops.array(VALUES), indices), shape=(4, 2))
+        yield sparse.BCSR.from_bcoo(
+            sparse.BCOO.fromdense(keras.ops.array((TABLE - RIGHT) * 2))
+        )
+    else:
+        import torch
+
+        rows = torch.sparse_coo_tensor([ROWS], torch.tensor(VALUES), (4, 2))
+        yield rows
+        yield rows.to_dense().to_sparse_csr()
+
+
+def rows_only(make) -> None:
+    """Sparse gradients, eagerly and, on JAX, in a compiled step without state."""
+    for gradient in sparse_gradients():
+        w, optimizer = keras.Variable(TABLE), make()
+        optimizer.apply([gradient], [w])
+        np.testing.assert_allclose(keras.ops.convert_to_numpy(w), RIGHT, rtol=1e-6)
+        if BACKEND != "jax":
+            continue
+        import jax
+
+        w, optimizer = keras.Variable(TABLE), make()
+        optimizer.build([w])
+        step = jax.jit(optimizer.stateless_apply)
+        state = [v.value for v in optimizer.variables]
+        (after,), state = step(state, [gradient], [w.value])
+        np.testing.assert_allclose(after, RIGHT, rtol=1e-6)
+
+
 def main() -> None:
+    rows_only(lambda: SGD(0.5))
+    rows_only(lambda: LossScaleOptimizer(SGD(0.5), initial_scale=1.0))
     for make in (lambda: Adam(0.1), lambda: LossScaleOptimizer(Adam(0.1))):
         nothing_to_do(make)
         nothing_to_train(make)

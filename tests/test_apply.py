@@ -107,6 +107,73 @@ def test_rows_need_no_dense_shape():
     assert w.numpy()[:, 0].tolist() == [1.0, 1.0, 0.5, 1.0]
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize(
+    "indices",
+    [(2, 0, 2), [2, 0, 2], np.array([2, 0, 2], "uint8"), tf.constant([2, 0, 2])],
+    ids=lambda x: type(x).__name__,
+)
+@pytest.mark.parametrize(
+    "dense_shape",
+    [(4, 2), [4, 2], np.array([4, 2]), tf.TensorShape([None, 2]), None],
+    ids=lambda x: type(x).__name__,
+)
+def test_the_parts_of_rows_need_not_be_tensors(lazy, indices, dense_shape):
+    values = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    optimizer = LossScaleOptimizer(SGD(0.5, lazy=lazy), initial_scale=1.0)
+    w = keras.Variable(np.ones((4, 2), "float32"))
+    right = np.ones((4, 2))
+    np.subtract.at(right, [2, 0, 2], 0.5 * values)
+    kinds = values.astype("float32"), values.tolist(), list(tf.constant(values))
+    values = kinds[len(str(dense_shape)) % 3]
+    optimizer.apply([tf.IndexedSlices(values, indices, dense_shape)], [w])
+    np.testing.assert_allclose(w.numpy(), right, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "values", [np.ones((1, 2)), [[1.0, 1.0]], (tf.ones(2),)], ids=["array", "list", ""]
+)
+def test_the_values_of_rows_in_a_graph(values):
+    w = keras.Variable(np.ones((3, 2), "float32"))
+    optimizer = Adam(0.1)
+
+    @tf.function
+    def step():
+        optimizer.apply([tf.IndexedSlices(values, (1,), (3, 2))], [w])
+
+    step()
+    np.testing.assert_allclose(w.numpy()[:, 0], [1.0, 0.9, 1.0], rtol=1e-6)
+
+
+def test_no_rows_at_all():
+    w = keras.Variable(np.ones((3, 2), "float32"))
+    SGD(0.5).apply([tf.IndexedSlices(np.ones((0, 2), "float32"), (), (3, 2))], [w])
+    np.testing.assert_array_equal(w.numpy(), np.ones((3, 2)))
+
+
+def test_elements_instead_of_rows():
+    w = keras.Variable(np.ones((2, 2), "float32"))
+    elements = tf.SparseTensor([[1, 0], [0, 1], [1, 0]], [1.0, 2.0, 3.0], (2, 2))
+    for optimizer in (SGD(0.5), LossScaleOptimizer(SGD(0.5), initial_scale=1.0)):
+        optimizer.apply([elements], [w])
+    np.testing.assert_allclose(w.numpy(), [[1.0, -1.0], [-3.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("values", "indices", "shape", "message"),
+    [
+        (np.ones((1, 3)), (0,), None, r"must have its shape \(4, 2\).*rows"),
+        (np.ones((1, 2)), (0,), (5, 2), r"must have its shape \(4, 2\).*\(5, 2\)"),
+        (np.ones((1, 2)), (0.5,), (4, 2), "must be integers"),
+        ([["a", "b"]], (0,), (4, 2), "must be a tensor of real numbers"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(values, indices, shape, message):
+    w = keras.Variable(np.ones((4, 2), "float32"))
+    with pytest.raises(ValueError, match=message):
+        SGD(1.0).apply([tf.IndexedSlices(values, indices, shape)], [w])
+
+
 def test_a_gradient_whose_rank_only_the_graph_knows():
     w = variable(3.0, 4.0)
     optimizer = SGD(1.0, clipnorm=1.0)

@@ -34,6 +34,7 @@ from tf_effopt.checks import (
     checked_variables,
     is_nothing,
     same_shape,
+    shown_shape,
     without_none,
 )
 from tf_effopt.engine import counts, keras_hooks
@@ -625,7 +626,7 @@ class Optimizer(keras.optimizers.Optimizer):
             if g is not None and not same_shape(g, variable):
                 raise ValueError(
                     f"The gradient of {path_of(variable)} must have its shape "
-                    f"{tuple(variable.shape)}. Received: shape {tuple(g.shape)}."
+                    f"{tuple(variable.shape)}. Received: {shown_shape(g)}."
                 )
         return variables
 

@@ -200,6 +200,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """As Keras's; of a model that has nothing to train, it returns what it got."""
         if not self.built and is_nothing(grads, trainable_variables):
             return [], list(optimizer_variables)
+        grads = checked_gradients(grads)  # dense: Keras's looks at them first
         return super().stateless_apply(optimizer_variables, grads, trainable_variables)
 
     def check_finite(self, grads: list[Any]) -> Any:
