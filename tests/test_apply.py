@@ -287,6 +287,47 @@ def test_averages_replace_only_what_is_trained_now():
     assert not np.array_equal(moved[0], model.layers[0].get_weights()[0])
 
 
+def step_by_a_flag(w, chosen):
+    @tf.function
+    def step(flag):
+        with tf.GradientTape() as tape:
+            loss = chosen[flag].scale_loss(w * w)
+        chosen[flag].apply(tape.gradient(loss, [w.value]), [w])
+
+    return step
+
+
+def test_two_optimizers_by_a_flag_in_one_function():
+    """The second is built when the function is traced for a second time."""
+    w = variable(1.0)
+    rates = {True: 0.1, False: 0.01}
+    chosen = {flag: SGD(r, momentum=0.9) for flag, r in rates.items()}
+    step = step_by_a_flag(w, chosen)
+    right, momenta = 1.0, dict.fromkeys(rates, 0.0)
+    for flag in (True, False, True, True, False):
+        step(flag)
+        momenta[flag] = 0.9 * momenta[flag] - rates[flag] * 2.0 * right
+        right += momenta[flag]
+    np.testing.assert_allclose(w.numpy(), [right], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: LossScaleOptimizer(SGD(0.1)), lambda: SGD(0.1, loss_scale_factor=4.0)],
+)
+def test_a_later_trace_keeps_no_loss_scale(make):
+    """Else the loss would have the scale of then, and the step that of now."""
+    w, chosen = variable(1.0), {flag: make() for flag in (True, False)}
+    step = step_by_a_flag(w, chosen)
+    step(True)
+    with pytest.raises(ValueError, match="scale_loss.*build.*before the function"):
+        step(False)
+    chosen[False] = make()
+    chosen[False].build([w])
+    step(False)
+    np.testing.assert_allclose(w.numpy(), [0.8**2], rtol=1e-6)
+
+
 # ------------------------------------------------------------------ weight decay
 
 

@@ -590,6 +590,8 @@ class Optimizer(keras.optimizers.Optimizer):
         factor = self.loss_scale_factor
         if self.built:
             factor = self._engine.number_now("loss_scale_factor")
+        elif engine.in_a_graph():
+            self.__dict__["_scaled_in_a_graph"] = True  # See the engine's `building`.
         if "float" not in str(getattr(loss, "dtype", "")):
             if isinstance(loss, float | int) and not keras.ops.is_tensor(factor):
                 return loss * factor

@@ -126,9 +126,11 @@ def same_shape(gradient: Any, variable: Any) -> bool:
     """Whether a gradient fits its variable, as far as is known before the graph runs."""
     own = known_shape(variable)
     mine = known_shape(gradient)
-    if is_sparse(gradient) and (rows := known_shape(gradient.values)) is not None:
-        return _agree((None, *rows[1:]), own) and _agree(mine, own)
-    return _agree(mine, own)
+    if not is_sparse(gradient):
+        return _agree(mine, own)
+    rows = known_shape(gradient.values)
+    rows_fit = rows is None or _agree((None, *rows[1:]), own)
+    return rows_fit and _agree(mine, own)
 
 
 def known_shape(thing: Any) -> tuple[int | None, ...] | None:

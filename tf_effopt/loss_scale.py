@@ -194,6 +194,12 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         assign(self.dynamic_scale, self.dynamic_scale * factor)
         assign(self.step_counter, ops.cast(counter, self.step_counter.dtype))
 
+    def scale_loss(self, loss: Any) -> Any:
+        """Returns the loss times the scale now."""
+        if not self.built and engine.in_a_graph():
+            self.__dict__["_scaled_in_a_graph"] = True  # See the engine's `building`.
+        return super().scale_loss(loss)
+
     def stateless_apply(
         self, optimizer_variables: list, grads: list, trainable_variables: list
     ) -> tuple[list, list]:
