@@ -189,6 +189,79 @@ def test_a_gradient_whose_rank_only_the_graph_knows():
         step(tf.ones(1))
 
 
+# ---------------------------------------------------- variables whose shape may change
+
+
+def of_open_shape(values, shape, dtype="float32"):
+    values = tf.cast(np.array(values), dtype)
+    return tf.Variable(values, shape=tf.TensorShape(shape), name="points")
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("shape", [[None], None], ids=str)
+def test_a_variable_of_open_shape_by_the_formulas(shape, in_graph):
+    """SGD with momentum and Adam in float64."""
+    g, w0 = np.array([0.5, 2.0]), np.array([1.0, -2.0])
+    makes = (lambda: SGD(0.1, momentum=0.9), lambda: Adam(0.1))
+    for make, right in zip(
+        makes, [w0 - 0.1 * g * (1 + 1.9), w0 - 0.2 * np.sign(g)], strict=True
+    ):
+        w, optimizer = of_open_shape(w0, shape), make()
+
+        def step(gradient, w=w, optimizer=optimizer):
+            optimizer.apply([gradient], [w])
+
+        step = tf.function(step) if in_graph else step
+        for _ in range(2):
+            step(tf.constant(g, "float32"))
+        np.testing.assert_allclose(w.numpy(), right, rtol=1e-5)
+        assert optimizer.describe().count("(2,)") == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "make"),
+    [
+        ("float32", lambda: tf_effopt.Muon(0.1)),
+        ("float32", lambda: tf_effopt.Adafactor(0.1)),
+        (
+            "bfloat16",
+            lambda: AdamW(
+                0.1,
+                use_ema=True,
+                clipnorm=0.1,
+                gradient_accumulation_steps=2,
+                transforms=[tf_effopt.transforms.GradientCentralization()],
+            ),
+        ),
+        ("bfloat16", lambda: Adam(0.1, lazy=True)),
+        ("float32", lambda: tf_effopt.ScheduleFreeAdamW(0.1)),
+    ],
+)
+def test_open_and_full_shapes_train_alike(dtype, make):
+    start = np.random.default_rng(0).normal(size=(4, 3))
+    results = []
+    for shape in (None, [4, 3]):
+        w, optimizer = of_open_shape(start, shape, dtype), make()
+        rows = tf.IndexedSlices(tf.ones((2, 3)), tf.constant([0, 2]))
+        for gradient in (rows, rows, rows if optimizer.lazy else tf.ones((4, 3))):
+            optimizer.apply([gradient], [w])
+        results.append(
+            [tf.cast(v, "float64").numpy() for v in [w, *optimizer.variables]]
+        )
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_variable_that_has_grown_is_refused():
+    w, optimizer = of_open_shape([1.0, 2.0], [None]), Adam(0.1)
+    optimizer.apply([tf.ones(2)], [w])
+    w.assign([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match=r"points.*now it is \(3,\).*new optimizer"):
+        optimizer.apply([tf.ones(3)], [w])
+    type(optimizer).from_config(optimizer.get_config()).apply([tf.ones(3)], [w])
+    np.testing.assert_allclose(w.numpy(), [0.9, 1.9, 2.9], rtol=1e-6)
+
+
 # ----------------------------------------------------------------- what isn't finite
 
 

@@ -54,7 +54,7 @@ from tf_effopt.hyperparameters import (
     Positive,
     Switch,
 )
-from tf_effopt.paths import known_by, path_of, paths_and_shapes, stand_in
+from tf_effopt.paths import known_by, path_of, paths_and_shapes, shape_of, stand_in
 from tf_effopt.precision import ROUNDINGS, compute_dtype, is_narrow
 from tf_effopt.rules import Evaluation, ModelRule, Part, Slot, Slots, slot_groups
 from tf_effopt.selection import Selection, Trained, decay_exclusions
@@ -449,7 +449,7 @@ class Optimizer(keras.optimizers.Optimizer):
         return [self.part(path, shape) for path, shape in variables]
 
     def _add_slot(self, weight: Any, slot: Slot) -> Any:
-        shape = tuple(weight.shape)
+        shape = shape_of(weight)
         has_meaning = slot.name in ("average", "compensation")  # of another one there
         if slot.shape is None and not slot.starts_at_weight and not has_meaning:
             start = slot.start
@@ -482,7 +482,7 @@ class Optimizer(keras.optimizers.Optimizer):
             reference_variable,
             name or "var",
             dtype,
-            reference_variable.shape,
+            shape_of(reference_variable),
             name == "average",
             initializer,
         )
@@ -504,7 +504,7 @@ class Optimizer(keras.optimizers.Optimizer):
                 return keras.ops.copy(keras.ops.cast(weight, dtype))
 
         path = path_of(weight).replace("/", "_").replace(":", "_")
-        same_shape = tuple(shape) == tuple(weight.shape)
+        same_shape = tuple(shape) == shape_of(weight)
         with self._engine.colocated(weight):
             return self.add_variable(
                 shape=shape,
@@ -625,12 +625,27 @@ class Optimizer(keras.optimizers.Optimizer):
         if unknown:
             raise ValueError(self._unknown_variable(unknown[0]))
         for g, variable in zip(grads, variables, strict=True):
-            if g is not None and not same_shape(g, variable):
+            if g is None:
+                continue
+            _, shape = self._known[indices[self._var_key(variable)]]
+            if not same_shape(g, shape):
                 raise ValueError(
                     f"The gradient of {path_of(variable)} must have its shape "
-                    f"{tuple(variable.shape)}. Received: {shown_shape(g)}."
+                    f"{shape}. Received: {shown_shape(g)}."
+                    + self._word_of_another_shape(variable, shape)
                 )
         return variables
+
+    def _word_of_another_shape(self, variable: Any, shape: tuple[int, ...]) -> str:
+        with engine.outside_of_graphs():
+            now = shape_of(variable)
+        if now == shape:
+            return ""
+        return (
+            f" The variable had that shape when {self.name!r} was built, whose state "
+            f"has it; now it is {now}. Make a new optimizer: `type(o).from_config("
+            "o.get_config())`."
+        )
 
     def _unknown_variable(self, variable: Any) -> str:
         return (

@@ -122,9 +122,8 @@ def _is_real(gradient: Any) -> bool:
     return "float" in dtype or "int" in dtype
 
 
-def same_shape(gradient: Any, variable: Any) -> bool:
-    """Whether a gradient fits its variable, as far as is known before the graph runs."""
-    own = known_shape(variable)
+def same_shape(gradient: Any, own: tuple[int, ...]) -> bool:
+    """Whether a gradient has a variable's shape, as far as is known in a graph."""
     mine = known_shape(gradient)
     if not is_sparse(gradient):
         return _agree(mine, own)

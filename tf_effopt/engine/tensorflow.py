@@ -24,7 +24,7 @@ from tf_effopt.engine.matrices import Share
 from tf_effopt.engine.plan import OPTIMIZER, Plan, Scalars, TrainedVariable
 from tf_effopt.engine.sparse import Rows
 from tf_effopt.engine.watching import watchers
-from tf_effopt.paths import path_of
+from tf_effopt.paths import path_of, shape_of
 
 log = logging.getLogger("tf_effopt")
 
@@ -173,7 +173,7 @@ class TensorFlowEngine(Engine):
 
     def _received(self, gradient: Any, index: int) -> Any:
         """A gradient as it is to be reduced: dense, or rows if asked for."""
-        shape = self.variables[index].shape
+        shape = self.variables[index].shape  # that of the slots
         if not is_sparse(gradient):
             gradient = tf.convert_to_tensor(gradient)
             is_known = gradient.shape.is_fully_defined()
@@ -351,7 +351,7 @@ class TensorFlowEngine(Engine):
 
         with tf.init_scope(), tf.device(device):
             zeros = [
-                _map(lambda x: tf.zeros(x.shape, x.dtype), state[i]) for i in chosen
+                _map(lambda x: tf.zeros(shape_of(x), x.dtype), state[i]) for i in chosen
             ]
             gradients = [tf.zeros(v.shape, v.dtype) for v in plan_variables]
             try:
@@ -534,7 +534,10 @@ class Program:
         return Inputs(
             self.engine.plan,
             self.variables,
-            [_map(tf.convert_to_tensor, tensors) for tensors in self.state],
+            [
+                _map(tf.convert_to_tensor, tensors) | _weight_of_shape(tensors, v.shape)
+                for v, tensors in zip(self.variables, self.state, strict=True)
+            ],
             [_rows(g) for g in gradients],
             Scalars(*scalars),
             totals,
@@ -613,6 +616,26 @@ def _local(variable: Any) -> tf.Variable:
     if hasattr(variable, "_get_on_device_or_primary"):
         return variable._get_on_device_or_primary()
     return variable
+
+
+def _weight_of_shape(tensors: dict, shape: tuple[int, ...]) -> dict[str, tf.Tensor]:
+    """The weight, where its variable doesn't say which shape it has."""
+    if tensors["weight"].shape.is_fully_defined():
+        return {}
+    return {"weight": tf.ensure_shape(tf.convert_to_tensor(tensors["weight"]), shape)}
+
+
+def shape_now(variable: Any) -> tuple[int, ...]:
+    """The shape of a variable's value, whose own shape isn't fully known."""
+    local = _local(variable)
+    with tf.init_scope():
+        if not tf.raw_ops.VarIsInitializedOp(resource=local.handle):
+            raise ValueError(
+                f"{path_of(variable)} has the shape {variable.shape}, which isn't fully "
+                "known, and no value yet. Give it a value before the optimizer is "
+                "built, or make it with its full `shape`."
+            )
+        return tuple(tf.raw_ops.VariableShape(input=local.handle).numpy().tolist())
 
 
 def _map(function: Callable, tensors: dict) -> dict:
