@@ -409,6 +409,37 @@ def training_loop_without_build():
     }
 
 
+def optimizers_by_a_flag():
+    """Two optimizers in one function: the second is built in its second trace."""
+    strategy = tf.distribute.MirroredStrategy()
+    with strategy.scope():
+        w = tf.Variable(np.ones((3, 2), "float32"))
+        rates = {True: 0.1, False: 0.01}
+        chosen = {flag: tf_effopt.SGD(r, momentum=0.9) for flag, r in rates.items()}
+
+    def step(flag):
+        # Of each replica half the gradient of the square of a row.
+        rows = tf.IndexedSlices([w[1]], (1,), (3, 2))
+        chosen[flag].apply([rows], [w])
+
+    @tf.function
+    def train(flag):
+        strategy.run(step, args=(flag,))
+
+    right, momenta = 1.0, dict.fromkeys(rates, 0.0)
+    for flag in (True, False, True, True, False):
+        train(flag)
+        momenta[flag] = 0.9 * momenta[flag] - rates[flag] * 2.0 * right
+        right += momenta[flag]
+    parts = [v.numpy() for v in strategy.experimental_local_results(w)]
+    return {
+        "difference": difference(
+            [parts[0]], [np.array([[1.0] * 2, [right] * 2, [1.0] * 2])]
+        ),
+        "replicas": float(np.abs(parts[0] - parts[1]).max()),
+    }
+
+
 def programs_per_replica():
     """Two programs for two replicas, each traced once in 8 steps."""
     model = fit(2, adam(global_clipnorm=0.1, use_ema=True))
@@ -532,6 +563,7 @@ OURS = [
     weights_for_evaluation,
     other_reductions,
     training_loop_without_build,
+    optimizers_by_a_flag,
     programs_per_replica,
     measured_gradients,
     infinite_sum,

@@ -72,3 +72,9 @@ def test_a_file_of_another_backend_trains_on(saves, goes_on, tmp_path):
 def test_torch_compiles_a_step_once():
     needs("torch")
     run("torch", "-c", COMPILED_STEP)
+
+
+@pytest.mark.parametrize("backend", ["jax", pytest.param("torch", marks=with_torch)])
+def test_odd_gradients(backend):
+    needs(backend)
+    run(backend, SCRIPT.with_name("odd_gradients.py"))

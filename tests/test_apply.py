@@ -62,9 +62,42 @@ def test_variables_must_be_a_list_of_variables():
 
 
 def test_a_variable_given_twice_is_refused():
+    """The advice gives the right step: the gradient is the sum over both uses."""
     w = variable(1.0, name="twice")
-    with pytest.raises(ValueError, match="once.*twice"):
-        SGD(1.0).apply([tf.ones(1), tf.ones(1)], [w, w])
+    with tf.GradientTape() as tape:
+        loss = 3.0 * w + w * w
+    gradients = tape.gradient(loss, [w, w])
+    advice = "list it once, with the gradient that `tape.gradient`.*twice"
+    with pytest.raises(ValueError, match=advice) as caught:
+        SGD(0.1).apply(gradients, [w, w])
+    assert "add up" not in str(caught.value)
+    SGD(0.1).apply(gradients[:1], [w])
+    np.testing.assert_allclose(w.numpy(), [1.0 - 0.1 * (3.0 + 2.0)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Adam(0.1), lambda: LossScaleOptimizer(Adam(0.1))]
+)
+def test_no_gradients_and_no_variables_are_nothing_to_do(make):
+    w, optimizer = variable(1.0), make()
+    before = arrays(optimizer.variables)
+    for nothing in (([], []), ((), ()), ([],), ([], None)):
+        optimizer.apply(*nothing)
+    optimizer.build([])
+    assert not optimizer.built
+    for a, b in zip(before, arrays(optimizer.variables), strict=True):
+        np.testing.assert_array_equal(a, b)
+    scale = float(optimizer.scale_loss(1.0))
+    optimizer.apply([tf.constant([2.0 * scale])], [w])
+    optimizer.apply([], [])
+    np.testing.assert_allclose(w.numpy(), [0.9], rtol=1e-5)
+    assert int(optimizer.iterations) == 1
+
+
+@pytest.mark.parametrize("grads, count", [([], 1), ([1.0], 0)])
+def test_gradients_of_other_variables_than_given_are_refused(grads, count):
+    with pytest.raises(ValueError, match=f"{len(grads)} gradients for {count} var"):
+        SGD().apply(grads, [variable(1.0)] * count)
 
 
 def test_rows_need_no_dense_shape():
@@ -72,6 +105,73 @@ def test_rows_need_no_dense_shape():
     rows = tf.IndexedSlices(tf.ones((2, 2)), tf.constant([2, 2]))
     SGD(0.25).apply([rows], [w])
     assert w.numpy()[:, 0].tolist() == [1.0, 1.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize(
+    "indices",
+    [(2, 0, 2), [2, 0, 2], np.array([2, 0, 2], "uint8"), tf.constant([2, 0, 2])],
+    ids=lambda x: type(x).__name__,
+)
+@pytest.mark.parametrize(
+    "dense_shape",
+    [(4, 2), [4, 2], np.array([4, 2]), tf.TensorShape([None, 2]), None],
+    ids=lambda x: type(x).__name__,
+)
+def test_the_parts_of_rows_need_not_be_tensors(lazy, indices, dense_shape):
+    values = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    optimizer = LossScaleOptimizer(SGD(0.5, lazy=lazy), initial_scale=1.0)
+    w = keras.Variable(np.ones((4, 2), "float32"))
+    right = np.ones((4, 2))
+    np.subtract.at(right, [2, 0, 2], 0.5 * values)
+    kinds = values.astype("float32"), values.tolist(), list(tf.constant(values))
+    values = kinds[len(str(dense_shape)) % 3]
+    optimizer.apply([tf.IndexedSlices(values, indices, dense_shape)], [w])
+    np.testing.assert_allclose(w.numpy(), right, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "values", [np.ones((1, 2)), [[1.0, 1.0]], (tf.ones(2),)], ids=["array", "list", ""]
+)
+def test_the_values_of_rows_in_a_graph(values):
+    w = keras.Variable(np.ones((3, 2), "float32"))
+    optimizer = Adam(0.1)
+
+    @tf.function
+    def step():
+        optimizer.apply([tf.IndexedSlices(values, (1,), (3, 2))], [w])
+
+    step()
+    np.testing.assert_allclose(w.numpy()[:, 0], [1.0, 0.9, 1.0], rtol=1e-6)
+
+
+def test_no_rows_at_all():
+    w = keras.Variable(np.ones((3, 2), "float32"))
+    SGD(0.5).apply([tf.IndexedSlices(np.ones((0, 2), "float32"), (), (3, 2))], [w])
+    np.testing.assert_array_equal(w.numpy(), np.ones((3, 2)))
+
+
+def test_elements_instead_of_rows():
+    w = keras.Variable(np.ones((2, 2), "float32"))
+    elements = tf.SparseTensor([[1, 0], [0, 1], [1, 0]], [1.0, 2.0, 3.0], (2, 2))
+    for optimizer in (SGD(0.5), LossScaleOptimizer(SGD(0.5), initial_scale=1.0)):
+        optimizer.apply([elements], [w])
+    np.testing.assert_allclose(w.numpy(), [[1.0, -1.0], [-3.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("values", "indices", "shape", "message"),
+    [
+        (np.ones((1, 3)), (0,), None, r"must have its shape \(4, 2\).*rows"),
+        (np.ones((1, 2)), (0,), (5, 2), r"must have its shape \(4, 2\).*\(5, 2\)"),
+        (np.ones((1, 2)), (0.5,), (4, 2), "must be integers"),
+        ([["a", "b"]], (0,), (4, 2), "must be a tensor of real numbers"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(values, indices, shape, message):
+    w = keras.Variable(np.ones((4, 2), "float32"))
+    with pytest.raises(ValueError, match=message):
+        SGD(1.0).apply([tf.IndexedSlices(values, indices, shape)], [w])
 
 
 def test_a_gradient_whose_rank_only_the_graph_knows():
@@ -87,6 +187,79 @@ def test_a_gradient_whose_rank_only_the_graph_knows():
     np.testing.assert_allclose(w.numpy(), [2.4, 3.2], rtol=1e-6)
     with pytest.raises(tf.errors.InvalidArgumentError):
         step(tf.ones(1))
+
+
+# ---------------------------------------------------- variables whose shape may change
+
+
+def of_open_shape(values, shape, dtype="float32"):
+    values = tf.cast(np.array(values), dtype)
+    return tf.Variable(values, shape=tf.TensorShape(shape), name="points")
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("shape", [[None], None], ids=str)
+def test_a_variable_of_open_shape_by_the_formulas(shape, in_graph):
+    """SGD with momentum and Adam in float64."""
+    g, w0 = np.array([0.5, 2.0]), np.array([1.0, -2.0])
+    makes = (lambda: SGD(0.1, momentum=0.9), lambda: Adam(0.1))
+    for make, right in zip(
+        makes, [w0 - 0.1 * g * (1 + 1.9), w0 - 0.2 * np.sign(g)], strict=True
+    ):
+        w, optimizer = of_open_shape(w0, shape), make()
+
+        def step(gradient, w=w, optimizer=optimizer):
+            optimizer.apply([gradient], [w])
+
+        step = tf.function(step) if in_graph else step
+        for _ in range(2):
+            step(tf.constant(g, "float32"))
+        np.testing.assert_allclose(w.numpy(), right, rtol=1e-5)
+        assert optimizer.describe().count("(2,)") == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "make"),
+    [
+        ("float32", lambda: tf_effopt.Muon(0.1)),
+        ("float32", lambda: tf_effopt.Adafactor(0.1)),
+        (
+            "bfloat16",
+            lambda: AdamW(
+                0.1,
+                use_ema=True,
+                clipnorm=0.1,
+                gradient_accumulation_steps=2,
+                transforms=[tf_effopt.transforms.GradientCentralization()],
+            ),
+        ),
+        ("bfloat16", lambda: Adam(0.1, lazy=True)),
+        ("float32", lambda: tf_effopt.ScheduleFreeAdamW(0.1)),
+    ],
+)
+def test_open_and_full_shapes_train_alike(dtype, make):
+    start = np.random.default_rng(0).normal(size=(4, 3))
+    results = []
+    for shape in (None, [4, 3]):
+        w, optimizer = of_open_shape(start, shape, dtype), make()
+        rows = tf.IndexedSlices(tf.ones((2, 3)), tf.constant([0, 2]))
+        for gradient in (rows, rows, rows if optimizer.lazy else tf.ones((4, 3))):
+            optimizer.apply([gradient], [w])
+        results.append(
+            [tf.cast(v, "float64").numpy() for v in [w, *optimizer.variables]]
+        )
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_variable_that_has_grown_is_refused():
+    w, optimizer = of_open_shape([1.0, 2.0], [None]), Adam(0.1)
+    optimizer.apply([tf.ones(2)], [w])
+    w.assign([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match=r"points.*now it is \(3,\).*new optimizer"):
+        optimizer.apply([tf.ones(3)], [w])
+    type(optimizer).from_config(optimizer.get_config()).apply([tf.ones(3)], [w])
+    np.testing.assert_allclose(w.numpy(), [0.9, 1.9, 2.9], rtol=1e-6)
 
 
 # ----------------------------------------------------------------- what isn't finite
@@ -185,6 +358,47 @@ def test_averages_replace_only_what_is_trained_now():
     for was, now in zip(before, arrays(model.layers[1].weights), strict=True):
         np.testing.assert_array_equal(was, now)
     assert not np.array_equal(moved[0], model.layers[0].get_weights()[0])
+
+
+def step_by_a_flag(w, chosen):
+    @tf.function
+    def step(flag):
+        with tf.GradientTape() as tape:
+            loss = chosen[flag].scale_loss(w * w)
+        chosen[flag].apply(tape.gradient(loss, [w.value]), [w])
+
+    return step
+
+
+def test_two_optimizers_by_a_flag_in_one_function():
+    """The second is built when the function is traced for a second time."""
+    w = variable(1.0)
+    rates = {True: 0.1, False: 0.01}
+    chosen = {flag: SGD(r, momentum=0.9) for flag, r in rates.items()}
+    step = step_by_a_flag(w, chosen)
+    right, momenta = 1.0, dict.fromkeys(rates, 0.0)
+    for flag in (True, False, True, True, False):
+        step(flag)
+        momenta[flag] = 0.9 * momenta[flag] - rates[flag] * 2.0 * right
+        right += momenta[flag]
+    np.testing.assert_allclose(w.numpy(), [right], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: LossScaleOptimizer(SGD(0.1)), lambda: SGD(0.1, loss_scale_factor=4.0)],
+)
+def test_a_later_trace_keeps_no_loss_scale(make):
+    """Else the loss would have the scale of then, and the step that of now."""
+    w, chosen = variable(1.0), {flag: make() for flag in (True, False)}
+    step = step_by_a_flag(w, chosen)
+    step(True)
+    with pytest.raises(ValueError, match="scale_loss.*build.*before the function"):
+        step(False)
+    chosen[False] = make()
+    chosen[False].build([w])
+    step(False)
+    np.testing.assert_allclose(w.numpy(), [0.8**2], rtol=1e-6)
 
 
 # ------------------------------------------------------------------ weight decay

@@ -46,6 +46,7 @@ OURS = [
     "weights_for_evaluation",
     "other_reductions",
     "training_loop_without_build",
+    "optimizers_by_a_flag",
     "programs_per_replica",
     "mixed_strategies",
 ]

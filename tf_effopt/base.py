@@ -32,7 +32,9 @@ from tf_effopt.checks import (
     checked_learning_rate,
     checked_transforms,
     checked_variables,
+    is_nothing,
     same_shape,
+    shown_shape,
     without_none,
 )
 from tf_effopt.engine import counts, keras_hooks
@@ -52,7 +54,7 @@ from tf_effopt.hyperparameters import (
     Positive,
     Switch,
 )
-from tf_effopt.paths import known_by, path_of, paths_and_shapes, stand_in
+from tf_effopt.paths import known_by, path_of, paths_and_shapes, shape_of, stand_in
 from tf_effopt.precision import ROUNDINGS, compute_dtype, is_narrow
 from tf_effopt.rules import Evaluation, ModelRule, Part, Slot, Slots, slot_groups
 from tf_effopt.selection import Selection, Trained, decay_exclusions
@@ -447,7 +449,7 @@ class Optimizer(keras.optimizers.Optimizer):
         return [self.part(path, shape) for path, shape in variables]
 
     def _add_slot(self, weight: Any, slot: Slot) -> Any:
-        shape = tuple(weight.shape)
+        shape = shape_of(weight)
         has_meaning = slot.name in ("average", "compensation")  # of another one there
         if slot.shape is None and not slot.starts_at_weight and not has_meaning:
             start = slot.start
@@ -480,7 +482,7 @@ class Optimizer(keras.optimizers.Optimizer):
             reference_variable,
             name or "var",
             dtype,
-            reference_variable.shape,
+            shape_of(reference_variable),
             name == "average",
             initializer,
         )
@@ -502,7 +504,7 @@ class Optimizer(keras.optimizers.Optimizer):
                 return keras.ops.copy(keras.ops.cast(weight, dtype))
 
         path = path_of(weight).replace("/", "_").replace(":", "_")
-        same_shape = tuple(shape) == tuple(weight.shape)
+        same_shape = tuple(shape) == shape_of(weight)
         with self._engine.colocated(weight):
             return self.add_variable(
                 shape=shape,
@@ -523,6 +525,9 @@ class Optimizer(keras.optimizers.Optimizer):
             trainable_variables: their variables, all or some of those that the
                 optimizer was built on; None means all.
 
+        Without any gradient and variable, `apply([], [])` or `apply([])`, nothing
+        happens: the optimizer isn't built, and no step is counted.
+
         Raises:
             ValueError: gradients and variables don't match.
         """
@@ -536,6 +541,8 @@ class Optimizer(keras.optimizers.Optimizer):
             A boolean scalar tensor. False means that nothing was changed.
         """
         grads = checked_gradients(grads)
+        if is_nothing(grads, trainable_variables):
+            return keras.ops.convert_to_tensor(True)
         variables = self.matching_variables(grads, trainable_variables)
         grads, variables = self._without_frozen(grads, variables)
         if variables:
@@ -548,6 +555,14 @@ class Optimizer(keras.optimizers.Optimizer):
             return self._engine.count_step()
         indices = [self._get_variable_index(v) for v in variables]
         return self._engine.apply(list(grads), indices)
+
+    def stateless_apply(
+        self, optimizer_variables: list, grads: list, trainable_variables: list
+    ) -> tuple[list, list]:
+        """As Keras's; of a model that has nothing to train, it returns what it got."""
+        if not self.built and is_nothing(grads, trainable_variables):
+            return [], list(optimizer_variables)
+        return super().stateless_apply(optimizer_variables, grads, trainable_variables)
 
     def apply_gradients(self, grads_and_vars: Any) -> Any:
         """As `apply`, of pairs of a gradient and its variable."""
@@ -575,6 +590,8 @@ class Optimizer(keras.optimizers.Optimizer):
         factor = self.loss_scale_factor
         if self.built:
             factor = self._engine.number_now("loss_scale_factor")
+        elif engine.in_a_graph():
+            self.__dict__["_scaled_in_a_graph"] = True  # See the engine's `building`.
         if "float" not in str(getattr(loss, "dtype", "")):
             if isinstance(loss, float | int) and not keras.ops.is_tensor(factor):
                 return loss * factor
@@ -608,12 +625,27 @@ class Optimizer(keras.optimizers.Optimizer):
         if unknown:
             raise ValueError(self._unknown_variable(unknown[0]))
         for g, variable in zip(grads, variables, strict=True):
-            if g is not None and not same_shape(g, variable):
+            if g is None:
+                continue
+            _, shape = self._known[indices[self._var_key(variable)]]
+            if not same_shape(g, shape):
                 raise ValueError(
                     f"The gradient of {path_of(variable)} must have its shape "
-                    f"{tuple(variable.shape)}. Received: shape {tuple(g.shape)}."
+                    f"{shape}. Received: {shown_shape(g)}."
+                    + self._word_of_another_shape(variable, shape)
                 )
         return variables
+
+    def _word_of_another_shape(self, variable: Any, shape: tuple[int, ...]) -> str:
+        with engine.outside_of_graphs():
+            now = shape_of(variable)
+        if now == shape:
+            return ""
+        return (
+            f" The variable had that shape when {self.name!r} was built, whose state "
+            f"has it; now it is {now}. Make a new optimizer: `type(o).from_config("
+            "o.get_config())`."
+        )
 
     def _unknown_variable(self, variable: Any) -> str:
         return (

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import keras
-import numpy as np
 
+from tf_effopt.engine import is_sparse
+from tf_effopt.engine.sparse_input import with_tensors
 from tf_effopt.hyperparameters import NonNegative
 from tf_effopt.paths import is_variable, path_of
 from tf_effopt.transforms.base import Transform
@@ -82,14 +83,16 @@ def checked_variables(variables: Any) -> list[Any]:
         seen: set[int] = set()
         twice = [path_of(v) for v in variables if id(v) in seen or seen.add(id(v))]
         raise ValueError(
-            "Each variable must be given once; add up the gradients of one that is "
-            f"used several times. Received twice: {twice}"
+            "Each variable must be given once, also one that several layers share: "
+            "list it once, with the gradient that `tape.gradient` (or `jax.grad`, "
+            "or `.grad`) gives for it, which is the sum over all its uses already. "
+            f"Received twice: {twice}"
         )
     return variables
 
 
 def checked_gradients(grads: Any) -> list[Any]:
-    """A list of gradients, those of plain numbers as arrays."""
+    """A list of gradients: arrays or tensors, dense or `tf.IndexedSlices` of tensors."""
     if not isinstance(grads, Iterable) or hasattr(grads, "shape"):
         raise ValueError(
             "`grads` must be a list of gradients, each a tensor, `tf.IndexedSlices` "
@@ -97,8 +100,8 @@ def checked_gradients(grads: Any) -> list[Any]:
         )
     checked = []
     for g in grads:
-        if g is not None and not hasattr(g, "dtype"):
-            g = np.asarray(g)
+        if g is not None:
+            g = with_tensors(g)
         if g is not None and not _is_real(g):
             raise ValueError(
                 "A gradient must be a tensor of real numbers, `tf.IndexedSlices` or "
@@ -108,17 +111,47 @@ def checked_gradients(grads: Any) -> list[Any]:
     return checked
 
 
+def is_nothing(grads: Any, variables: Any) -> bool:
+    """Whether there are neither gradients nor variables: nothing is to be done."""
+    lists = [grads, [] if variables is None else variables]
+    return all(isinstance(x, list | tuple) and len(x) == 0 for x in lists)
+
+
 def _is_real(gradient: Any) -> bool:
     dtype = str(getattr(gradient.dtype, "name", gradient.dtype))
     return "float" in dtype or "int" in dtype
 
 
-def same_shape(gradient: Any, variable: Any) -> bool:
-    shape = gradient.shape
-    if shape is None or getattr(shape, "rank", 0) is None:
-        return True  # Known only when the graph runs.
-    mine, own = tuple(shape), tuple(variable.shape)
-    return len(mine) == len(own) and all(a in (None, b) for a, b in zip(mine, own))
+def same_shape(gradient: Any, own: tuple[int, ...]) -> bool:
+    """Whether a gradient has a variable's shape, as far as is known in a graph."""
+    mine = known_shape(gradient)
+    if not is_sparse(gradient):
+        return _agree(mine, own)
+    rows = known_shape(gradient.values)
+    rows_fit = rows is None or _agree((None, *rows[1:]), own)
+    return rows_fit and _agree(mine, own)
+
+
+def known_shape(thing: Any) -> tuple[int | None, ...] | None:
+    """A static shape: None for an axis, or all of it, that isn't known."""
+    shape = thing.shape
+    is_unknown = shape is None or getattr(shape, "rank", 0) is None
+    return None if is_unknown else tuple(shape)
+
+
+def _agree(one: tuple | None, other: tuple | None) -> bool:
+    if one is None or other is None:
+        return True
+    pairs = zip(one, other, strict=False)
+    return len(one) == len(other) and all(a == b or None in (a, b) for a, b in pairs)
+
+
+def shown_shape(gradient: Any) -> str:
+    """The shape of a gradient in an error's text."""
+    shape = known_shape(gradient)
+    if not is_sparse(gradient):
+        return f"shape {shape}"
+    return f"shape {shape}, with rows of shape {known_shape(gradient.values)[1:]}"
 
 
 def without_none(grads: list[Any], variables: list[Any]) -> tuple[list, list]:

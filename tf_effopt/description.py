@@ -13,7 +13,7 @@ import numpy as np
 from tf_effopt import legacy_keras
 from tf_effopt.checks import checked_variables
 from tf_effopt.groups import decay_of, frozen_indices, multipliers_of
-from tf_effopt.paths import known_by, path_of
+from tf_effopt.paths import known_by, path_of, shape_of
 from tf_effopt.selection import Trained
 
 HEADER = ("variable", "shape", "rule", "learning rate", "weight decay")
@@ -155,7 +155,7 @@ def _cells(
     decay: tuple[int, str] | None,
     owners: list[Any],
 ) -> tuple[str, ...]:
-    start = path_of(variable), str(tuple(variable.shape))
+    start = path_of(variable), str(shape_of(variable))
     if is_frozen:
         return (*start, rule or "", "frozen", "-")
     if rule is None:

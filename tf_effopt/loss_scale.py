@@ -12,7 +12,7 @@ from keras import ops
 from tf_effopt import copies, engine, overrides, representation
 from tf_effopt.arguments import all_arguments, check_attribute, unknown_argument
 from tf_effopt.base import Optimizer
-from tf_effopt.checks import checked_gradients
+from tf_effopt.checks import checked_gradients, is_nothing
 from tf_effopt.engine.counts import MISSED
 from tf_effopt.hyperparameters import Hyperparameter, Integer, Positive
 from tf_effopt.saving import OF_LOSS_SCALE, size_of_loss_scale
@@ -169,6 +169,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if not isinstance(inner, Optimizer):
             return super().apply(grads, trainable_variables)
         grads = checked_gradients(grads)
+        if is_nothing(grads, trainable_variables):
+            return None
         variables = inner.matching_variables(grads, trainable_variables)
         if overrides.overrides(inner, "apply", Optimizer):
             # It may do anything with the gradients: as with Keras's, it is called if
@@ -191,6 +193,21 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         assign = inner._engine.assign_alike
         assign(self.dynamic_scale, self.dynamic_scale * factor)
         assign(self.step_counter, ops.cast(counter, self.step_counter.dtype))
+
+    def scale_loss(self, loss: Any) -> Any:
+        """Returns the loss times the scale now."""
+        if not self.built and engine.in_a_graph():
+            self.__dict__["_scaled_in_a_graph"] = True  # See the engine's `building`.
+        return super().scale_loss(loss)
+
+    def stateless_apply(
+        self, optimizer_variables: list, grads: list, trainable_variables: list
+    ) -> tuple[list, list]:
+        """As Keras's; of a model that has nothing to train, it returns what it got."""
+        if not self.built and is_nothing(grads, trainable_variables):
+            return [], list(optimizer_variables)
+        grads = checked_gradients(grads)  # dense: Keras's looks at them first
+        return super().stateless_apply(optimizer_variables, grads, trainable_variables)
 
     def check_finite(self, grads: list[Any]) -> Any:
         """Whether the gradients are finite on every replica."""

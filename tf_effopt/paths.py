@@ -25,9 +25,23 @@ def path_of(variable: Any) -> str:
     return getattr(variable, "path", None) or variable.name
 
 
+def shape_of(variable: Any) -> tuple[int, ...]:
+    """A variable's shape; that of its value now, where its shape may change.
+
+    Raises:
+        ValueError: its shape may change, and it has no value.
+    """
+    shape = variable.shape
+    if getattr(shape, "rank", 0) is not None and None not in tuple(shape):
+        return tuple(shape)
+    from tf_effopt.engine.tensorflow import shape_now
+
+    return shape_now(variable)
+
+
 def paths_and_shapes(variables: Iterable[Any]) -> list[tuple[str, tuple[int, ...]]]:
     """The path and the shape of each variable."""
-    return [(path_of(v), tuple(v.shape)) for v in variables]
+    return [(path_of(v), shape_of(v)) for v in variables]
 
 
 def known_by(

@@ -61,6 +61,15 @@ def outside_of_graphs() -> contextlib.AbstractContextManager:
     return init_scope()
 
 
+def in_a_graph() -> bool:
+    """Whether TensorFlow is tracing a function."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    from tf_effopt.engine.tensorflow import tf
+
+    return not tf.executing_eagerly()
+
+
 def is_sparse(gradient: Any) -> bool:
     """Whether a gradient holds rows only (`tf.IndexedSlices`)."""
     return hasattr(gradient, "indices") and hasattr(gradient, "dense_shape")

@@ -27,7 +27,7 @@ from tf_effopt.engine.updates import switched
 from tf_effopt.groups import decay_of, multipliers_of
 from tf_effopt.hyperparameters import Number
 from tf_effopt.layer_roles import input_axes
-from tf_effopt.paths import path_of
+from tf_effopt.paths import path_of, shape_of
 
 
 class Engine:
@@ -320,7 +320,7 @@ def _describe(
         variables.append(
             TrainedVariable(
                 index=i,
-                shape=tuple(weight.shape),
+                shape=shape_of(weight),
                 dtype=dtype_name(weight),
                 constraint=getattr(weight, "constraint", None),
                 rule=rule,

@@ -10,21 +10,21 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_effopt.engine import is_sparse, reduction, stages
+from tf_effopt.engine import is_sparse, private_names, reduction, stages
 from tf_effopt.engine.base import Engine
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.matrices import Share
 from tf_effopt.engine.plan import OPTIMIZER, Plan, Scalars, TrainedVariable
 from tf_effopt.engine.sparse import Rows
 from tf_effopt.engine.watching import watchers
-from tf_effopt.paths import path_of
+from tf_effopt.paths import path_of, shape_of
 
 log = logging.getLogger("tf_effopt")
 
@@ -50,12 +50,22 @@ class TensorFlowEngine(Engine):
     def building(self):
         # Variables made while a function is traced must outlive the trace, and
         # those made in a replica's thread must be the strategy's.
-        with tf.init_scope():
+        with tf.init_scope(), _also_in_later_traces(self._check_loss_scale):
             if tf.distribute.get_strategy() is self.strategy:
                 yield
             else:
                 with self.strategy.scope():
                     yield
+
+    def _check_loss_scale(self) -> None:
+        if self.optimizer.__dict__.get("_scaled_in_a_graph"):
+            raise ValueError(
+                f"{self.optimizer.name}: `scale_loss` was called in a `tf.function` "
+                "before the optimizer was built, so that the function would keep the "
+                "scale of now. TensorFlow traces it anew for what is built in its "
+                "first trace, but not for what is built in a later one: call "
+                "`optimizer.build(model.trainable_variables)` before the function."
+            )
 
     def colocated(self, variable: Any) -> contextlib.AbstractContextManager:
         return self.strategy.extended.colocate_vars_with(_tf_variable(variable))
@@ -163,7 +173,7 @@ class TensorFlowEngine(Engine):
 
     def _received(self, gradient: Any, index: int) -> Any:
         """A gradient as it is to be reduced: dense, or rows if asked for."""
-        shape = self.variables[index].shape
+        shape = self.variables[index].shape  # that of the slots
         if not is_sparse(gradient):
             gradient = tf.convert_to_tensor(gradient)
             is_known = gradient.shape.is_fully_defined()
@@ -341,7 +351,7 @@ class TensorFlowEngine(Engine):
 
         with tf.init_scope(), tf.device(device):
             zeros = [
-                _map(lambda x: tf.zeros(x.shape, x.dtype), state[i]) for i in chosen
+                _map(lambda x: tf.zeros(shape_of(x), x.dtype), state[i]) for i in chosen
             ]
             gradients = [tf.zeros(v.shape, v.dtype) for v in plan_variables]
             try:
@@ -350,6 +360,41 @@ class TensorFlowEngine(Engine):
             except tf.errors.OpError as error:
                 return error.message
         return None
+
+
+# At which `tf.function` has its say in how variables are made; all others have 100.
+PRIORITY_OF_FUNCTIONS = 50
+
+
+@contextlib.contextmanager
+def _also_in_later_traces(check: Callable[[], None]) -> Iterator[None]:
+    """Variables may be made in each trace of a `tf.function`.
+
+    It refuses to make them in any but its first, also under `tf.init_scope`, where they
+    outlive the trace. Then `check` is called, and they are made as outside of it; what
+    strategies and users have to say stays in force.
+    """
+
+    def or_outside(creator: Callable) -> Callable:
+        def create(next_creator: Callable, **kwargs: Any) -> Any:
+            try:
+                return creator(next_creator, **kwargs)
+            except ValueError:
+                check()
+                return next_creator(**kwargs)
+
+        return create
+
+    graph = tf.compat.v1.get_default_graph()
+    creators = private_names.attribute(graph, "_variable_creator_stack")
+    graph._variable_creator_stack = [
+        (priority, or_outside(x) if priority == PRIORITY_OF_FUNCTIONS else x)
+        for priority, x in creators
+    ]
+    try:
+        yield
+    finally:
+        graph._variable_creator_stack = creators
 
 
 def _compiles_steps(strategy: tf.distribute.Strategy) -> bool:
@@ -489,7 +534,10 @@ class Program:
         return Inputs(
             self.engine.plan,
             self.variables,
-            [_map(tf.convert_to_tensor, tensors) for tensors in self.state],
+            [
+                _map(tf.convert_to_tensor, tensors) | _weight_of_shape(tensors, v.shape)
+                for v, tensors in zip(self.variables, self.state, strict=True)
+            ],
             [_rows(g) for g in gradients],
             Scalars(*scalars),
             totals,
@@ -568,6 +616,26 @@ def _local(variable: Any) -> tf.Variable:
     if hasattr(variable, "_get_on_device_or_primary"):
         return variable._get_on_device_or_primary()
     return variable
+
+
+def _weight_of_shape(tensors: dict, shape: tuple[int, ...]) -> dict[str, tf.Tensor]:
+    """The weight, where its variable doesn't say which shape it has."""
+    if tensors["weight"].shape.is_fully_defined():
+        return {}
+    return {"weight": tf.ensure_shape(tf.convert_to_tensor(tensors["weight"]), shape)}
+
+
+def shape_now(variable: Any) -> tuple[int, ...]:
+    """The shape of a variable's value, whose own shape isn't fully known."""
+    local = _local(variable)
+    with tf.init_scope():
+        if not tf.raw_ops.VarIsInitializedOp(resource=local.handle):
+            raise ValueError(
+                f"{path_of(variable)} has the shape {variable.shape}, which isn't fully "
+                "known, and no value yet. Give it a value before the optimizer is "
+                "built, or make it with its full `shape`."
+            )
+        return tuple(tf.raw_ops.VariableShape(input=local.handle).numpy().tolist())
 
 
 def _map(function: Callable, tensors: dict) -> dict:
