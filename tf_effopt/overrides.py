@@ -140,7 +140,7 @@ DECLARED = (
 PASSED_BY_WRAPPERS = ("apply_gradients", "scale_loss")
 
 
-def kerass_own() -> frozenset[type]:
+def keras_bases() -> frozenset[type]:
     """The bases of Keras's optimizers, whose methods are the defaults."""
     return frozenset(keras.optimizers.Optimizer.__mro__)
 
@@ -157,8 +157,8 @@ def check_class(cls: type, own: tuple[type, ...], ignored: dict[str, str]) -> No
         TypeError: the class, or a mixin, has such a method or setting.
     """
     check_hyperparameters(cls)
-    pristine = kerass_own() | set(own)
-    for name, instead in (ignored | _of_kerass_namesakes(cls)).items():
+    pristine = keras_bases() | set(own)
+    for name, instead in (ignored | _of_namesakes(cls)).items():
         owner = _owner(cls, name)
         if owner is not None and owner not in pristine:
             raise TypeError(_refusal(f"{owner.__name__}.{name}", name, instead))
@@ -241,7 +241,7 @@ def _owner(cls: type, name: str) -> type | None:
     return next((base for base in cls.__mro__ if name in vars(base)), None)
 
 
-def _of_kerass_namesakes(cls: type) -> dict[str, str]:
+def _of_namesakes(cls: type) -> dict[str, str]:
     """Methods of Keras's class of the same name that ours doesn't have.
 
     Whoever puts our `Muon` in the place of Keras's may have overridden one.
