@@ -27,9 +27,9 @@ class CheckpointError(Exception):
 def unreadable(path: Path, what: str, error: Exception) -> CheckpointError:
     """What to raise for a file that isn't what it should be."""
     # --overwrite deletes files, no folders.
-    mend = "." if path.is_dir() else ", or pass --overwrite to start anew."
+    advice = "." if path.is_dir() else ", or pass --overwrite to start anew."
     return CheckpointError(
-        f"{path} can't be read as {what} ({error}). Move it away{mend}"
+        f"{path} can't be read as {what} ({error}). Move it away{advice}"
     )
 
 

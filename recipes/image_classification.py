@@ -7,7 +7,7 @@
     python -m tf_effopt.distribute.launch --workers 2 recipes/image_classification.py --strategy multi_worker
 
 The first trains on scikit-learn's handwritten digits, without any download.
-Another data set is prepared by TensorFlow Datasets, from the internet or, with
+Another dataset is prepared by TensorFlow Datasets, from the internet or, with
 `--data-dir`, from a folder where it is prepared already or that has the files
 which TFDS would download.
 
@@ -21,7 +21,7 @@ Accuracy is that of the last epoch's weights on images that weren't trained on:
 digits' 360, Fashion-MNIST's test split of 10,000, whose result chose neither an
 epoch nor anything else in a run.
 
-    data set       model   precision       strategy  n  accuracy, mean [range]  seconds
+    dataset       model   precision       strategy  n  accuracy, mean [range]  seconds
     digits         mlp     float32         none      3  98.43 % [98.33, 98.61]  3-4
     digits         cnn     float32         none      3  98.89 % [98.61, 99.17]  5-6
     digits         resnet  float32         none      3  99.91 % [99.72, 100.0]  9-12
@@ -139,7 +139,7 @@ AUGMENTATIONS = {
 
 
 def resolved(config: Config) -> Config:
-    """Fills in what depends on the data set and the optimizer, and checks all.
+    """Fills in what depends on the dataset and the optimizer, and checks all.
 
     Raises:
         UsageError: a value is out of its range.
@@ -302,7 +302,7 @@ def fit(
                     tf_effopt.callbacks.EvaluationWeights(),
                     Saving(run, config.early_stopping, is_time_to_save),
                 ],
-                shuffle=False,  # the data set does it
+                shuffle=False,  # the dataset does it
                 verbose=verbose if run.devices.is_chief else 0,
             )
             if is_time_to_save():  # since the last epoch was saved

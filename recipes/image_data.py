@@ -34,7 +34,7 @@ if not hasattr(tfds, "core"):  # it logs what went wrong on import, and goes on
 
 
 class DatasetError(Exception):
-    """A data set can't be had, or isn't one of labelled images."""
+    """A dataset can't be had, or isn't one of labelled images."""
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -121,7 +121,7 @@ def load(name: str, data_dir: str | None, image_size: int | None) -> ImageData:
         return _in_memory(builder, image_size)
     except (OSError, tf.errors.OpError) as error:
         raise DatasetError(
-            f"The prepared data set in {builder.data_dir} can't be read: "
+            f"The prepared dataset in {builder.data_dir} can't be read: "
             f"{_first_line(error)}. Delete that folder to prepare it anew."
         ) from error
 
@@ -131,7 +131,7 @@ def find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     if re.split("[:/]", name)[0] == "digits":
         if name != "digits":
             raise DatasetError(
-                f"The data set digits has no versions and configurations. Pass "
+                f"The dataset digits has no versions and configurations. Pass "
                 f"--dataset digits. Received: {name!r}"
             )
         builder = Digits(data_dir=data_dir)
@@ -145,7 +145,7 @@ def find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         builders = [tfds.builder(name, data_dir=folder) for folder in folders]
     except (AssertionError, TypeError, ValueError) as error:
         raise DatasetError(
-            f"{name!r} isn't a version or configuration of a data set: "
+            f"{name!r} isn't a version or configuration of a dataset: "
             f"{_first_line(error)}. Expected: NAME, NAME/CONFIG or NAME:VERSION, as in "
             "https://www.tensorflow.org/datasets/catalog/overview."
         ) from error
@@ -169,7 +169,7 @@ def _check_known(name: str, data_dir: str | None) -> None:
         return
     near = difflib.get_close_matches(base.lower().replace("-", "_"), known, n=3)
     raise DatasetError(
-        f"There is no data set {name!r}."
+        f"There is no dataset {name!r}."
         + (f" Did you mean {' or '.join(near)}?" if near else "")
         + " Expected: digits, fashion_mnist, cifar10, or another "
         "image-classification set of TensorFlow Datasets "
@@ -206,7 +206,7 @@ def _check_internet(
     found = f" (it has {', '.join(present)})" if present else ""
     files = ", ".join(n for n in missing if n) or "the files its catalogue page names"
     raise DatasetError(
-        f"The data set {name!r} isn't prepared {searched}{tfds.core.constants.DATA_DIR}"
+        f"The dataset {name!r} isn't prepared {searched}{tfds.core.constants.DATA_DIR}"
         f", and {urllib.request.urlparse(url).netloc} can't be reached to download it. "
         "Ways to get it: (1) --data-dir with the data_dir of a machine where it is "
         f"prepared; (2) --data-dir with a folder of its manual files{found}: {files}; "

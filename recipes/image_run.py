@@ -307,7 +307,7 @@ def writing(path: Path) -> Iterator[None]:
         # TensorFlow says around it which of its operations this was.
         why = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", str(error))
         raise TrainingFailed(
-            f"{path} can't be written ({why}). Mend that, and run the same command "
+            f"{path} can't be written ({why}). Fix that, and run the same command "
             "again to go on."
         ) from error
 

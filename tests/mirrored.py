@@ -3,7 +3,7 @@
     python tests/mirrored.py tf_effopt OUTPUT.json
     python tests/mirrored.py keras.optimizers OUTPUT.json
 
-A process of its own: the devices are split at its start, and a collective
+A separate process: the devices are split at its start, and a collective
 that fails poisons the process; what may fail that way comes last.
 """
 
@@ -381,7 +381,7 @@ def other_reductions():
 
 
 def training_loop_without_build():
-    """A loop of one's own, whose first step builds the optimizer."""
+    """A custom training loop, whose first step builds the optimizer."""
     strategy = tf.distribute.MirroredStrategy()
     with strategy.scope():
         model = dense_model()

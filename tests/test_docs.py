@@ -90,11 +90,11 @@ def test_tensorflow_is_imported_on_demand_only():
             assert not any(n.startswith("tensorflow") for n in imported(path)), path
 
 
-def test_the_private_names_leaned_on_exist():
+def test_the_private_names_in_use_exist():
     missing = keras_hooks.missing()
     assert not missing, (
         f"This Keras lacks {missing}: tf_effopt/engine/keras_hooks.py lists what "
-        "the engine leans on; find what took their place."
+        "the engine uses; find what took their place."
     )
 
 

@@ -347,9 +347,9 @@ BAD_INPUT = {
     "wrapper": (["--optimizer", "LossScaleOptimizer"], ["Expected one of: "]),
     "dataset": (
         ["--dataset", "fasion-mnist"],
-        ["no data set 'fasion-mnist'", "fashion_mnist", "digits"],
+        ["no dataset 'fasion-mnist'", "fashion_mnist", "digits"],
     ),
-    "namespace": (["--dataset", "huggingface:mnist"], ["no data set"]),
+    "namespace": (["--dataset", "huggingface:mnist"], ["no dataset"]),
     "text set": (["--dataset", "imdb_reviews"], ["imdb_reviews", "--data-dir"]),
     "key": (
         ["--set", "beta2=0.99"],

@@ -562,7 +562,7 @@ def test_state_of_another_kind_isnt_taken_for_keras():
         ours.load_own_variables(store)
 
 
-# -------------------------------------------------------- layers of one's own
+# -------------------------------------------------------- custom layers
 
 
 def test_layers_of_two_models_with_one_path_keep_their_roles(tmp_path):

@@ -104,7 +104,7 @@ def keras_run(tmp_path_factory):
 
 @every_case
 def test_model_from_keras_file_is_as_it_was_saved(case, our_run):
-    """How it goes on: test_resumed.py, in a process of its own."""
+    """How it goes on: test_resumed.py, in a separate process."""
     run = our_run(case)
     model = keras.models.load_model(f"{run.stem}.keras")
     assert type(model.optimizer) is type(case.make())

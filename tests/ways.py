@@ -2,7 +2,7 @@
 
     python tests/ways.py eager,graph,fit OUTPUT.npz
 
-Run in a process of its own: the backend (KERAS_BACKEND), the devices and, with
+Run in a separate process: the backend (KERAS_BACKEND), the devices and, with
 `--without-tensorflow`, what can be imported are chosen at its start.
 """
 

@@ -3,7 +3,7 @@
     python tests/workers.py none,mirrored2 OUTPUT.npz
     python -m tf_effopt.distribute.launch --workers 2 tests/workers.py workers OUTPUT.npz
 
-A process of its own: devices are split at its start, collectives of several sizes
+A separate process: devices are split at its start, collectives of several sizes
 can't share a process, and one that fails poisons it. Worker i of several writes OUTPUT.npz.i. Further arguments
 choose cases.
 """
@@ -490,7 +490,7 @@ def generator(case):
 
 
 def parts_of_arrays(case):
-    """Nothing may be written into the arrays that a data set gives parts of."""
+    """Nothing may be written into the arrays that a dataset gives parts of."""
     x, y = (_aligned(array[: 3 * BATCH]) for array in (X, Y))
 
     class Parts(keras.utils.PyDataset):

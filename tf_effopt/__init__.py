@@ -39,7 +39,7 @@ from tf_effopt.optimizers import (
     Yogi,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "SGD",

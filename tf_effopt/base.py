@@ -66,9 +66,9 @@ BUILT_ON = "built_on"
 
 
 class Optimizer(keras.optimizers.Optimizer):
-    """Base of the optimizers of this package, and of your own.
+    """Base of the optimizers of this package, and of custom ones.
 
-    A subclass is a rule, the names of its slots, and its hyper-parameters:
+    A subclass is a rule, the names of its slots, and its hyperparameters:
 
     >>> import tf_effopt
     >>> from tf_effopt import Optimizer, hyperparameters
@@ -93,14 +93,14 @@ class Optimizer(keras.optimizers.Optimizer):
     for a variable that joined later or had no gradient for a while (in a class
     with a `model_rule` it is always that of the model); `w` the weight before the step
     and its decay; `weight_decay` that of this variable, for rules that decay
-    themselves; any other a hyper-parameter of the class, or a number that its
+    themselves; any other a hyperparameter of the class, or a number that its
     `model_rule` returns. Numbers come as scalar tensors of the dtype of `g`, the
     wider of float32 and the weight's.
 
     Rules that need more than one tensor at a time set `model_rule`, and
     `elementwise = False` if they look at a whole tensor; classes with several
-    rules override `part`; see `tf_effopt.rules`. What is better done for all
-    tensors at once, after their rules, is `upkeep(gs, slots, *, ...)`, which
+    rules override `part`; see `tf_effopt.rules`. For work that is cheaper on
+    all tensors together, define `upkeep(gs, slots, *, ...)`, which
     gets and returns the slots of each.
 
     Every number may change while training, without compiling again:
@@ -227,7 +227,7 @@ class Optimizer(keras.optimizers.Optimizer):
         keras_hooks.check(self)
         self.rounding = rounding
         self.lazy = lazy
-        # Past Keras's and TensorFlow's tracking, which would wrap the lists.
+        # Bypasses Keras's and TensorFlow's tracking, which would wrap the lists.
         transforms, groups = map(copies.deserialized, (transforms, groups))
         self.__dict__["_transforms"] = checked_transforms(transforms)
         self.__dict__["_groups"] = checked_groups(groups)
@@ -304,8 +304,8 @@ class Optimizer(keras.optimizers.Optimizer):
     def build(self, variables: list[Any]) -> None:
         """Makes the state for `variables`.
 
-        Called by the first `apply`, and by `fit`. In a training loop of your
-        own under a strategy, call it inside `strategy.scope()`.
+        Called by the first `apply`, and by `fit`. In a custom training
+        loop under a strategy, call it inside `strategy.scope()`.
 
         Args:
             variables: the trained variables, `model.trainable_variables`.
@@ -414,7 +414,7 @@ class Optimizer(keras.optimizers.Optimizer):
         return made
 
     def owners(self) -> list[Any]:
-        """Whose hyper-parameters the update reads: this optimizer's come first."""
+        """The objects that own hyperparameters; this optimizer is the first."""
         return [self, *self.transforms, *self.groups]
 
     @property
@@ -879,7 +879,7 @@ class Optimizer(keras.optimizers.Optimizer):
             self._engine.switch(to_evaluation)
 
     def _has_updated(self) -> bool:
-        """Whether there was an update: averages, and the like, are worth something."""
+        """Whether at least one update was applied."""
         micro_steps = int(keras.ops.convert_to_numpy(self._iterations))
         return self.built and micro_steps >= (self.gradient_accumulation_steps or 1)
 

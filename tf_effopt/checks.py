@@ -1,4 +1,4 @@
-"""What the user passes, checked: errors say what was expected, and how to mend it."""
+"""Checks of what the user passes: errors say what is expected, and how to fix it."""
 
 from __future__ import annotations
 

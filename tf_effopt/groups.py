@@ -1,4 +1,4 @@
-"""Groups: variables with a learning rate and a decay of their own, or frozen."""
+"""Groups: learning rate, weight decay and freezing of some variables."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ FORMAT = 2
 
 @keras.saving.register_keras_serializable("tf_effopt")
 class Group:
-    r"""Variables with a learning rate and a weight decay of their own, or frozen.
+    r"""The learning rate and weight decay of some variables, or that they are frozen.
 
     Pass groups to any optimizer. A variable may be in none of them or in several, of
     which only one may set its multiplier, one its decay, and one freeze it. (Groups
@@ -69,7 +69,7 @@ class Group:
     Groups are saved with the optimizer: strings and regular expressions as they are,
     variables and layers by their paths. Where `load_model` numbers automatic names anew, the old
     paths count, as long as shapes, order and the rest of the names are the same.
-    `print(optimizer.describe())` shows what became of them.
+    `print(optimizer.describe())` shows the result.
 
     When not to use it: to freeze a layer for all of the training, rather set its
     `trainable = False`: then no gradient is computed for it, and no state kept.
@@ -120,7 +120,7 @@ class Group:
     frozen = Switch()
     optional = Switch()
 
-    model_rule = None  # of an owner of hyper-parameters, as `Transform.model_rule`
+    model_rule = None  # of an owner of hyperparameters, as `Transform.model_rule`
     built = False
     indices: frozenset[int] = frozenset()  # of its variables, once it is built
     _engine: Any = None

@@ -1,6 +1,6 @@
-"""Hyper-parameters: checked when they are set, changeable while training.
+"""Hyperparameters: checked when they are set, changeable while training.
 
-A class lists its hyper-parameters as attributes:
+A class lists its hyperparameters as attributes:
 
     class Adam(Optimizer):
         beta_1 = DecayRate()
@@ -220,7 +220,7 @@ class DecayRate(Number):
     Args:
         allow_one: whether 1, an average that never moves, is allowed.
         allow_zero: whether 0, an average that keeps nothing, is allowed.
-        optional: whether `None` is allowed; what it means is the class's affair.
+        optional: whether `None` is allowed; its meaning is up to the class.
     """
 
     low, high, open_high = 0, 1, True

@@ -173,7 +173,7 @@ def roles(model: keras.Model, override: Mapping[str, str] | None = None) -> Role
     """Reads off a model which of its weights are matrices inside the network.
 
     Kernels of dense layers, convolutions, attention's projections and recurrent
-    cells are; embeddings, also where an output layer shares them, and the
+    cells are; embeddings, even if an output layer shares them, and the
     kernels of output layers aren't, nor are biases and scales. A layer of your
     own is read by the names and shapes of its variables. The last layer of a model
     without an output layer, such as a backbone by itself, is taken for one: see
@@ -183,7 +183,7 @@ def roles(model: keras.Model, override: Mapping[str, str] | None = None) -> Role
         model: a Keras model that is built.
         override: regular expression on paths -> `"hidden"`, `"embedding"`, `"head"`
             or `"other"`, for what can't be read: the head of a subclassed
-            model, the weights of a layer of your own.
+            model, the weights of a custom layer.
 
     Returns:
         The `Roles`, to be printed, and passed to an optimizer: `Muon(roles=...)`.

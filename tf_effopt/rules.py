@@ -69,7 +69,7 @@ class Part:
             it works on the last two axes. So do its slots, if they have the
             weight's shape; of others, the first axis counts the matrices.
         name: for people: which of the optimizer's rules this is.
-        weight_decay: the name of the class's hyper-parameter that decays these
+        weight_decay: the name of the class's hyperparameter that decays these
             tensors. A rule that decays itself takes it as `weight_decay`.
     """
 
@@ -97,7 +97,7 @@ class ModelRule:
         rule: `(sums, slots, *, ...) -> (numbers, slots)`, a pure function of
             scalars. The numbers are then keyword arguments of the tensors'
             rule. Its own keyword-only arguments are `t`, `learning_rate`, and
-            hyper-parameters.
+            hyperparameters.
         slots: letter in the rule -> `(name that is saved, start)`.
         measure: None, or `(g, slots, *, ...) -> sums`, called for each tensor
             before its rule, with what the rule may take and with `slots` of

@@ -10,7 +10,7 @@ eagerly, against `keras.optimizers` (graph, XLA, eager), `optax` under `jax.jit`
 with donated buffers, and `torch.optim` with `fused=True`. Install them with
 `pip install .[cpu,benchmarks]`; what is missing is left out.
 
-Each framework has a process of its own with its default threads. All libraries
+Each framework runs in a separate process with its default threads. All libraries
 take turns, A-B-C-B-C-A, so that a busy moment of the machine hits all alike. A
 sample is one update, or the mean of as many as take 20 ms; with gradient
 accumulation, and of SOAP with its work on the bases, it is the mean over full
@@ -21,7 +21,7 @@ Writes `update_cost.json` (every sample), `update_cost.md` and
 memory, `--workload resnet50` 4 GB.
 
 `--against CHECKOUT` compares this checkout with another one instead, such as a
-`git worktree` of the last release. Both are in processes of their own, which run this
+`git worktree` of the last release. Both are in separate processes, which run this
 checkout's benchmark; `--repeats` pairs of blocks, A-B-A-B, in up to 5 pairs of
 processes, give as many ratios, this version's time by the other's. It prints their
 median and a 95 % interval, the same for first calls, and writes `against.json` and

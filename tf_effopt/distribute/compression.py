@@ -1,4 +1,4 @@
-"""Gradients that take less of a network."""
+"""Sends gradients in 16 bits."""
 
 from __future__ import annotations
 

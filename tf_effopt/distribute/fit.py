@@ -57,9 +57,9 @@ def prepare(model: keras.Model) -> keras.Model:
       than there are examples, is taken for a mean over the examples; what layers add
       (`add_loss`, regularizers) counts by the share of examples. A loss called in
       another, in a metric or in a layer counts once. (Keras divides it by the number
-      of replicas in a metric, and in a layer twice.) A `train_step` of your own gets
+      of replicas in a metric, and in a layer twice.) A custom `train_step` gets
       this by calling `self.compute_loss`, which returns this replica's part of the
-      loss: log it times `strategy.num_replicas_in_sync`. A `compute_loss` of your own
+      loss: log it times `strategy.num_replicas_in_sync`. A custom `compute_loss`
       gets it by calling a loss of Keras; one that calls none is warned of.
     - A replica without examples works on one that counts nothing, of ones, or of zeros
       for integers, also if its loss isn't a number. It has no part in moments of
@@ -87,7 +87,7 @@ def prepare(model: keras.Model) -> keras.Model:
     seed (`keras.utils.set_random_seed`): each takes its part of every batch. (By
     TensorFlow's default each reads some of the files of a `tf.data.Dataset`, and
     batches are other ones. If that is what you want, since it reads less, set
-    `auto_shard_policy` to `FILE` in the data set's options.)
+    `auto_shard_policy` to `FILE` in the dataset's options.)
 
     Args:
         model: compiled; made inside `with strategy.scope():`.
@@ -114,7 +114,7 @@ def prepare(model: keras.Model) -> keras.Model:
             warnings.warn(
                 f"TF_CONFIG names {workers} workers, but {model.name!r} was made outside "
                 "of `with strategy.scope():` of a 'multi_worker' strategy: each worker "
-                "will train a model of its own.",
+                "will train a separate model.",
                 stacklevel=2,
             )
         return model

@@ -67,11 +67,11 @@ PER_REPLICA_SPEC = PrivateName("tensorflow.python.distribute.values:PerReplicaSp
 
 def replace(owner: Any, name: str, mine: Any) -> None:
     """Puts a function, which gets Keras's as its first argument, in Keras's place."""
-    kerass = getattr(owner, name)
+    original = getattr(owner, name)
 
-    @functools.wraps(kerass)
+    @functools.wraps(original)
     def function(*args: Any, **kwargs: Any) -> Any:
-        return mine(kerass, *args, **kwargs)
+        return mine(original, *args, **kwargs)
 
     setattr(owner, name, function)
 

@@ -2,9 +2,9 @@
 
     python -m tf_effopt.distribute.launch --workers 2 script.py --its options
 
-Each worker runs `python script.py --its options` with a TF_CONFIG of its own, all on
+Each worker runs `python script.py --its options` with its own TF_CONFIG, all on
 free ports of 127.0.0.1; its output comes out line by line behind `[worker 0]`. If one
-fails, the others are ended, and the exit code is its; SIGTERM, SIGHUP and Ctrl-C are
+fails, the others are terminated, and its exit code is returned; SIGTERM, SIGHUP and Ctrl-C are
 passed on. No worker outlives the launcher. If the output can't be written, as on a
 full disk, they go on without.
 

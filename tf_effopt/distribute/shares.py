@@ -3,7 +3,7 @@
 Keras takes the mean over each replica's examples, and the mean of these means.
 Within `counted`, each replica's mean counts by its share of the examples, so that
 their sum is the mean over the whole batch, as on one device. What stands in for
-examples (`stand_ins`) counts nothing: its loss, and a gradient of it, is 0 also where
+examples (`stand_ins`) has weight 0: its loss and gradients are 0 even where
 it isn't a number.
 
 A loss that is called inside of another, of a metric or of a layer is part of what counts
@@ -93,29 +93,29 @@ def _is_part_of_another() -> bool:
     return _here.losses > 1 or _here.in_metric or hooks.in_layer_call()
 
 
-def call_loss(kerass: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
+def call_loss(original: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
     """`Loss.__call__`."""
     _here.losses += 1
     try:
-        return kerass(loss, *args, **kwargs)
+        return original(loss, *args, **kwargs)
     finally:
         _here.losses -= 1
 
 
-def update_metric(kerass: Any, metric: Any, *args: Any, **kwargs: Any) -> Any:
+def update_metric(original: Any, metric: Any, *args: Any, **kwargs: Any) -> Any:
     """`update_state` of a metric that is the mean of a function."""
     before, _here.in_metric = _here.in_metric, True
     try:
-        return kerass(metric, *args, **kwargs)
+        return original(metric, *args, **kwargs)
     finally:
         _here.in_metric = before
 
 
 def reduce_to_samplewise_values(
-    kerass: Any, values: Any, sample_weight: Any, *args: Any, **kwargs: Any
+    original: Any, values: Any, sample_weight: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """A function's own mean over this replica's examples counts by their share."""
-    values, weight = kerass(values, sample_weight, *args, **kwargs)
+    values, weight = original(values, sample_weight, *args, **kwargs)
     is_mean = _here.in_metric and weight is None and values.shape.rank == 0
     if _here.share is None or not is_mean:
         return values, weight
@@ -123,39 +123,39 @@ def reduce_to_samplewise_values(
     return tf.math.multiply_no_nan(values, share), share
 
 
-def scale_loss_for_distribution(kerass: Any, value: Any) -> Any:
+def scale_loss_for_distribution(original: Any, value: Any) -> Any:
     """A mean over this replica's examples -> its part of the batch's mean."""
     if _here.share is None:
-        return kerass(value)
+        return original(value)
     if _is_part_of_another():
         return value
     _here.parts += 1
     return tf.math.multiply_no_nan(value, tf.cast(_here.share, value.dtype))
 
 
-def unscale_loss_for_distribution(kerass: Any, value: Any) -> Any:
+def unscale_loss_for_distribution(original: Any, value: Any) -> Any:
     """The reverse: what Keras's `Mean` of the loss is fed, with the count.
 
     Keras divides what wasn't scaled, too: examples' losses, without a reduction.
     """
     if _here.share is None:
-        return kerass(value)
+        return original(value)
     if value.shape.rank:
         return value
     return tf.math.divide_no_nan(value, tf.cast(_here.share, value.dtype))
 
 
 def reduce_values(
-    kerass: Any, values: Any, sample_weight: Any = None, reduction: Any = MEANS[0]
+    original: Any, values: Any, sample_weight: Any = None, reduction: Any = MEANS[0]
 ) -> Any:
     """The losses of this replica's examples -> its part of the batch's loss."""
     if _here.share is None:
-        return kerass(values, sample_weight, reduction)
+        return original(values, sample_weight, reduction)
     if _is_part_of_another():
-        return _mean(kerass, values, sample_weight, reduction)
+        return _mean(original, values, sample_weight, reduction)
     if reduction not in MEANS:
         _here.parts += 1
-        return _weighted(kerass(values, sample_weight, reduction)) * _here.of_sums
+        return _weighted(original(values, sample_weight, reduction)) * _here.of_sums
     if values.shape.rank == 0:  # a loss function that has taken the mean itself
         return hooks.SCALE_LOSS.get()(values)
     if reduction == "mean_with_sample_weight" and sample_weight is not None:
@@ -164,20 +164,20 @@ def reduce_values(
         return tf.math.divide_no_nan(
             _weighted(tf.reduce_sum(values)), tf.cast(weight, values.dtype)
         )
-    return _mean(kerass, values, sample_weight, reduction)
+    return _mean(original, values, sample_weight, reduction)
 
 
-def _mean(kerass: Any, values: Any, sample_weight: Any, reduction: Any) -> Any:
+def _mean(original: Any, values: Any, sample_weight: Any, reduction: Any) -> Any:
     if values.shape.rank and values.shape[0] == 0:  # of these Keras makes no number
         return tf.reduce_sum(values)
-    return kerass(values, sample_weight, reduction)
+    return original(values, sample_weight, reduction)
 
 
 def apply_mask(
-    kerass: Any, sample_weight: Any, mask: Any, dtype: Any, reduction: Any
+    original: Any, sample_weight: Any, mask: Any, dtype: Any, reduction: Any
 ) -> Any:
     """Weights that make up for what is masked: on all replicas, not on each."""
-    weight = kerass(sample_weight, mask, dtype, reduction)
+    weight = original(sample_weight, mask, dtype, reduction)
     everywhere_alike = mask is None or reduction not in MEANS[:2]
     if _here.share is None or everywhere_alike or _is_part_of_another():
         return weight
@@ -200,7 +200,7 @@ def has_part(compute_loss: Any, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
 
 
 def update(
-    kerass: Any, optimizer: Any, grads: Any, trainable_variables: Any = None
+    original: Any, optimizer: Any, grads: Any, trainable_variables: Any = None
 ) -> Any:
     """`apply` of an optimizer: gradients of what stands in for examples are 0."""
     if _here.weight is not None and not hasattr(grads, "shape"):
@@ -208,7 +208,7 @@ def update(
             trainable_variables = list(trainable_variables)
         variables = trainable_variables or optimizer._trainable_variables
         grads = _of_examples(list(grads), variables)
-    return kerass(optimizer, grads, trainable_variables)
+    return original(optimizer, grads, trainable_variables)
 
 
 def _of_examples(grads: list[Any], variables: list[Any]) -> list[Any]:
@@ -233,10 +233,10 @@ def _zeros(gradient: Any) -> Any:
     return tf.zeros_like(gradient)
 
 
-def compute_moments_sync(kerass: Any, x: Any, axes: Any, keepdims: bool) -> Any:
+def compute_moments_sync(original: Any, x: Any, axes: Any, keepdims: bool) -> Any:
     """Mean and variance over the examples of all replicas."""
     if _here.weight is None:
-        return kerass(x, axes, keepdims)
+        return original(x, axes, keepdims)
     context = tf.distribute.get_replica_context()
     x_sum, square_sum, count = (
         context.all_reduce(

@@ -1,6 +1,6 @@
 """An example for a replica that has none of a batch.
 
-Of no examples means and moments aren't numbers, and on a CPU some of TensorFlow's
+With zero examples, means and moments are NaN, and on a CPU some of TensorFlow's
 kernels fail. So such a replica works on an example of ones, or of zeros where they are
 integers, that counts nothing: its share of the loss is 0 (`shares`).
 """

@@ -180,7 +180,7 @@ def _tpu(tpu: str) -> tf.distribute.Strategy:
     if _tpu_build() is None:
         raise RuntimeError(
             f"This TensorFlow ({tf.__version__}) is built without TPUs. In an "
-            'environment of its own, on the TPU VM: pip install "tf_effopt[tpu]" '
+            'separate environment, on the TPU VM: pip install "tf_effopt[tpu]" '
             "(tensorflow-tpu 2.20.0 and a libtpu that it loads)."
         )
     if tpu == "local" and not _has_tpu_device_files():

@@ -1,4 +1,4 @@
-"""Every worker takes its part of each batch, also of a data set that reads files.
+"""Shard every dataset by batch, never by file.
 
 TensorFlow's default gives each worker some of the files, where there are several. Its
 batches are other ones then, and predictions come in another order.
@@ -31,16 +31,16 @@ def _install() -> None:
 
 
 def _make_epoch_iterator(
-    kerass: Any, iterator: Any, distribute_strategy: Any = None, x: Any = None, **data
+    original: Any, iterator: Any, distribute_strategy: Any = None, x: Any = None, **data
 ) -> None:
     """`TFEpochIterator.__init__`."""
     if distribute_strategy in _strategies:
         x = sharded_by_row(x)
-    kerass(iterator, distribute_strategy=distribute_strategy, x=x, **data)
+    original(iterator, distribute_strategy=distribute_strategy, x=x, **data)
 
 
 def sharded_by_row(data: Any) -> Any:
-    """A data set whose policy was left to TensorFlow; all else stays as it is."""
+    """A dataset whose policy was left to TensorFlow; all else stays as it is."""
     is_dataset = isinstance(data, tf.data.Dataset)
     if not is_dataset:
         return data

@@ -41,7 +41,7 @@ class Engine:
             the whole model.
         divides_matrices: whether each replica works on its share of the matrices.
         gradient_dtype: in which replicas sum up gradients; None: their own.
-        owners: whose hyper-parameters there are: the optimizer, its transforms
+        owners: whose hyperparameters there are: the optimizer, its transforms
             and its groups.
     """
 
@@ -353,7 +353,7 @@ def _decay_of_part(optimizer: Any, part: Any) -> tuple[int, str] | None:
     if not isinstance(kind, Number):
         raise TypeError(
             f"The part {part.name!r} of {type(optimizer).__name__} decays by "
-            f"`{part.weight_decay}`, which is no hyper-parameter of the class."
+            f"`{part.weight_decay}`, which is no hyperparameter of the class."
         )
     if kind.is_off(getattr(optimizer, part.weight_decay)):
         return None

@@ -14,7 +14,7 @@ from tf_effopt.engine.counts import Counts, follows_variables, numbers_of_each
 from tf_effopt.hyperparameters import Decay, Number
 from tf_effopt.rules import Evaluation, Matrices, ModelRule
 
-# Arguments of a rule that aren't hyper-parameters of its class.
+# Arguments of a rule that aren't hyperparameters of its class.
 STEP_ARGUMENTS = ("t", "counts", "learning_rate", "w", "noise", "input_axes")
 CLIP_ARGUMENTS = ("clipnorm", "clipvalue", "global_clipnorm")
 STAGE_ARGUMENTS = (
@@ -122,7 +122,7 @@ class Plan:
     """What is fixed about an optimizer once it is built.
 
     Attributes:
-        numbers: the hyper-parameters that are numbers and in use, in order:
+        numbers: the hyperparameters that are numbers and in use, in order:
             (owner, name) -> descriptor.
         transforms: in their order.
         model: the optimizer's own model rule, or None.
@@ -372,7 +372,7 @@ class Binder:
                 raise TypeError(
                     f"`{function.__name__}` takes `{name}`, which nothing provides: "
                     f"it is none of {', '.join(STEP_ARGUMENTS)}, and "
-                    f"{type(self.owner).__name__} has no such hyper-parameter."
+                    f"{type(self.owner).__name__} has no such hyperparameter."
                 )
         extra = set(fixed) - set(keyword_arguments(function))
         return Bound(

@@ -105,7 +105,7 @@ def _counts(
 def _at_training(
     inputs: Inputs, v: TrainedVariable, tensors: dict, arguments: Arguments
 ) -> Any:
-    """The weight at which to train, also where that for evaluation is in place."""
+    """The weight at which to train, even if that for evaluation is in place."""
     w = tensors["weight"]
     back = inputs.plan.evaluation.to_training(
         ops.cast(w, v.compute_dtype),

@@ -114,7 +114,7 @@ class Adafactor(Optimizer):
     1024 x 1024, and 1 for vectors. Takes `keras.optimizers.Adafactor`'s
     arguments, and converts the state it saved.
 
-    When not to use it: where memory isn't short; `AdamW` has a first moment and
+    When not to use it: when memory isn't a constraint; `AdamW` has a first moment and
     is easier to tune.
 
     Reference: Shazeer & Stern, 2018, https://arxiv.org/abs/1804.04235

@@ -124,11 +124,11 @@ class Muon(Optimizer):
     """Muon: the momentum of each hidden matrix, with all its singular values near 1.
 
     Hidden matrices are kernels of dense layers, attention's projections,
-    recurrent gates, and convolutions as `(inputs, outputs)`. All else is trained by
-    AdamW inside: embeddings, output layers, biases, scales. Which is which a
-    variable doesn't tell: pass `roles=tf_effopt.roles(model)`. Without, routing
-    goes by the paths and shapes of Keras's variables; then output layers
-    aren't known, a warning shows the table, and `exclude_layers` names them.
+    recurrent gates, and convolutions as `(inputs, outputs)`. A built-in AdamW trains
+    everything else: embeddings, output layers, biases, scales. A variable doesn't
+    know its layer: pass `roles=tf_effopt.roles(model)`. Without it, routing goes by
+    the paths and shapes of Keras's variables; then output layers aren't known, a
+    warning shows the table, and `exclude_layers` names them.
     (`keras.optimizers.Muon` takes each variable of two axes: biases of
     attention, but neither its kernels nor convolutions.)
 

@@ -106,7 +106,7 @@ class ScheduleFreeAdamW(Optimizer):
 
     Without it, `x` is in place after `fit`, validation in `fit` was at `y`, and the
     first gradient of a second `fit` is taken at `x`.
-    In a loop of your own call `optimizer.use_evaluation_weights()` and
+    In a custom training loop call `optimizer.use_evaluation_weights()` and
     `optimizer.use_training_weights()`.
 
     The variant is the authors' code: averages weighted by the square of the

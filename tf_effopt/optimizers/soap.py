@@ -141,8 +141,8 @@ class SOAP(Optimizer):
     """SOAP: Adam in the eigenbases of Shampoo's statistics.
 
     Each axis of a tensor has a basis, near the eigenvectors of a decayed mean of
-    `g @ g.T`; Adam runs in terms of these bases, which makes up for gradients
-    whose elements go together. The variant is the authors' code, which goes
+    `g @ g.T`; Adam runs in terms of these bases, which accounts for correlated
+    gradient elements. The variant is the authors' code, which goes
     beyond the paper: the first update makes the bases and leaves the weights; a
     gradient enters the statistics after its step; the decay is times the
     learning rate, of the weight after its step; `epsilon` is added to `sqrt(v)`
@@ -152,8 +152,8 @@ class SOAP(Optimizer):
     Keeps 6 values per parameter of a square matrix, `2 + 2 * (m / n + n / m)` of
     an m x n one, 2 of a vector.
 
-    When not to use it: with small batches, whose gradients say little of how
-    elements go together; or where time counts more than updates. One update of
+    When not to use it: with small batches, whose gradients say little about
+    correlations; or where time counts more than updates. One update of
     an n x n matrix takes `16 * n**3` multiplications and additions, and the first
     solves an eigenproblem, slowly in XLA: on 2 CPU cores 15 ms for 128 x 128,
     1 to 2 s for 512 x 512, over 10 s for 768 x 768. Lower

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("tf_effopt.tpu: error: no program was made, see above", file=sys.stderr)
         return 2
     finally:
-        _write(reports, options)  # what was finished, also where the rest fails
+        _write(reports, options)  # what was finished, even if the rest fails
     return int(any(r.error is not None for r in reports))
 
 

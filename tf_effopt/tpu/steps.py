@@ -38,7 +38,7 @@ def compile_update(
         topology: such as `"v4:2x2x1"`, `"v5e:2x2"`, `"v5p:2x2x1"` or `"v6e:2x2"`.
 
     Returns:
-        A `Report`, also where the compiler refuses.
+        A `Report`, even if the compiler refuses.
 
     Raises:
         ImportError: the extra `[tpu-compile]` isn't installed.
@@ -86,7 +86,7 @@ def compile_train_step(
             is a sparse one.
 
     Returns:
-        A `Report`, also where the compiler refuses: with its memory, if that is why.
+        A `Report`, even if the compiler refuses: with its memory, if that is why.
 
     Raises:
         ImportError: the extra `[tpu-compile]` isn't installed.

@@ -51,8 +51,8 @@ class AdaptiveClipping(Transform):
     """Clips each unit's gradient to a share of the norm of its weights.
 
     The variant is the authors' code: per output unit, a bias as a whole, a depthwise
-    convolution by channel. Which axes are inputs Keras's usual names tell, also those
-    of transposed convolutions and attention's projections.
+    convolution by channel. Input axes are inferred from Keras's standard variable names,
+    including those of transposed convolutions and attention's projections.
 
     Keeps no state; one more norm of weight and gradient.
 

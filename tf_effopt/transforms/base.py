@@ -17,7 +17,7 @@ from tf_effopt.rules import ModelRule
 
 
 class Transform:
-    """Base of the transforms of this package, and of your own.
+    """Base of the transforms of this package, and of custom ones.
 
     A transform changes the gradient before the rule, its step after it, or
     decides about a whole step. It runs inside the compiled update, in the
@@ -50,7 +50,7 @@ class Transform:
       a transform that clips: all tensors are looked at before any is changed. `large`
       is True where the squares of some gradient overflow, a Python boolean.
 
-    Keyword-only arguments come by name: hyper-parameters of the class, numbers
+    Keyword-only arguments come by name: hyperparameters of the class, numbers
     of its `model_rule`, `w`, `t`, `learning_rate`, and for `before` also `input_axes`,
     along which the weights of an output unit lie, and `noise`: a function of a seed
     that returns standard normal numbers, the same on each replica. Write them with

@@ -22,9 +22,9 @@ class GradientCentralization(Transform):
     """Takes from the gradient of each output unit's weights their mean.
 
     The variant is the paper's equation 1, before the rule's moments, for all
-    tensors of two axes and more; vectors are left alone. Which axes are inputs Keras's
-    usual names tell, also those of transposed and depthwise convolutions and of
-    attention's projections. With a rule that is linear in the gradient, such as `SGD`,
+    tensors of two axes and more; vectors are left alone. Input axes are inferred
+    from Keras's standard variable names, including those of transposed and depthwise
+    convolutions and of attention's projections. With a rule that is linear in the gradient, such as `SGD`,
     the sum of a unit's weights then stays as it is.
 
     Keeps no state.
