@@ -360,9 +360,11 @@ def test_averages_replace_only_what_is_trained_now():
     assert not np.array_equal(moved[0], model.layers[0].get_weights()[0])
 
 
-def step_by_a_flag(w, chosen):
+def step_by_a_flag(w, chosen, traces=()):
     @tf.function
     def step(flag):
+        if traces != ():
+            traces.append(flag)
         with tf.GradientTape() as tape:
             loss = chosen[flag].scale_loss(w * w)
         chosen[flag].apply(tape.gradient(loss, [w.value]), [w])
@@ -370,17 +372,45 @@ def step_by_a_flag(w, chosen):
     return step
 
 
-def test_two_optimizers_by_a_flag_in_one_function():
+@pytest.mark.parametrize("built", [(), (True,), (False,), (True, False)], ids=str)
+def test_two_optimizers_by_a_flag_in_one_function(built):
     """The second is built when the function is traced for a second time."""
     w = variable(1.0)
     rates = {True: 0.1, False: 0.01}
     chosen = {flag: SGD(r, momentum=0.9) for flag, r in rates.items()}
-    step = step_by_a_flag(w, chosen)
+    for flag in built:
+        chosen[flag].build([w])
+    step = step_by_a_flag(w, chosen, traces := [None])
     right, momenta = 1.0, dict.fromkeys(rates, 0.0)
     for flag in (True, False, True, True, False):
         step(flag)
         momenta[flag] = 0.9 * momenta[flag] - rates[flag] * 2.0 * right
         right += momenta[flag]
+    np.testing.assert_allclose(w.numpy(), [right], rtol=1e-5)
+    assert traces == [None, True, False]
+
+
+def test_a_function_that_trains_by_a_flag_in_a_loop_or_branch():
+    """It doesn't in its first trace, so that the optimizer is built in a later one."""
+    w, optimizer = variable(1.0), SGD(0.1, momentum=0.9)
+
+    def train():
+        optimizer.apply([2.0 * w.value], [w])
+        return tf.constant(0)
+
+    @tf.function
+    def step(trains, steps):
+        if trains:
+            tf.cond(steps > 0, train, lambda: tf.constant(0))
+            for _ in tf.range(steps - 1):
+                train()
+
+    right, m = 1.0, 0.0
+    for trains in (False, True, False, True):
+        step(trains, tf.constant(3))
+        for _ in range(3 if trains else 0):
+            m = 0.9 * m - 0.1 * 2.0 * right
+            right += m
     np.testing.assert_allclose(w.numpy(), [right], rtol=1e-5)
 
 

@@ -48,24 +48,15 @@ class TensorFlowEngine(Engine):
 
     @contextlib.contextmanager
     def building(self):
-        # Variables made while a function is traced must outlive the trace, and
-        # those made in a replica's thread must be the strategy's.
-        with tf.init_scope(), _also_in_later_traces(self._check_loss_scale):
+        # Variables made while a function is traced, be it for the first time or not,
+        # must outlive the trace, and those made in a replica's thread must be the
+        # strategy's.
+        with tf.init_scope(), _in_any_trace(self.optimizer):
             if tf.distribute.get_strategy() is self.strategy:
                 yield
             else:
                 with self.strategy.scope():
                     yield
-
-    def _check_loss_scale(self) -> None:
-        if self.optimizer.__dict__.get("_scaled_in_a_graph"):
-            raise ValueError(
-                f"{self.optimizer.name}: `scale_loss` was called in a `tf.function` "
-                "before the optimizer was built, so that the function would keep the "
-                "scale of now. TensorFlow traces it anew for what is built in its "
-                "first trace, but not for what is built in a later one: call "
-                "`optimizer.build(model.trainable_variables)` before the function."
-            )
 
     def colocated(self, variable: Any) -> contextlib.AbstractContextManager:
         return self.strategy.extended.colocate_vars_with(_tf_variable(variable))
@@ -367,34 +358,43 @@ PRIORITY_OF_FUNCTIONS = 50
 
 
 @contextlib.contextmanager
-def _also_in_later_traces(check: Callable[[], None]) -> Iterator[None]:
-    """Variables may be made in each trace of a `tf.function`.
+def _in_any_trace(optimizer: Any) -> Iterator[None]:
+    """Variables are made as outside of each `tf.function` that is being traced.
 
-    It refuses to make them in any but its first, also under `tf.init_scope`, where they
-    outlive the trace. Then `check` is called, and they are made as outside of it; what
-    strategies and users have to say stays in force.
+    It refuses to make them in any but its first trace, also under `tf.init_scope`,
+    where they outlive the trace; and traces once more if they were made in its first.
+    What strategies and users have to say stays in force.
     """
-
-    def or_outside(creator: Callable) -> Callable:
-        def create(next_creator: Callable, **kwargs: Any) -> Any:
-            try:
-                return creator(next_creator, **kwargs)
-            except ValueError:
-                check()
-                return next_creator(**kwargs)
-
-        return create
-
     graph = tf.compat.v1.get_default_graph()
     creators = private_names.attribute(graph, "_variable_creator_stack")
-    graph._variable_creator_stack = [
-        (priority, or_outside(x) if priority == PRIORITY_OF_FUNCTIONS else x)
-        for priority, x in creators
-    ]
+    is_scaled = optimizer.__dict__.get("_scaled_in_a_graph", False)
+    stack = []
+    for priority, creator in creators:
+        if priority != PRIORITY_OF_FUNCTIONS:
+            stack.append((priority, creator))
+        elif is_scaled:  # The trace has the scale of now, so another one is needed.
+            stack.append((priority, _first_trace_only(creator, optimizer)))
+    graph._variable_creator_stack = stack
     try:
         yield
     finally:
         graph._variable_creator_stack = creators
+
+
+def _first_trace_only(creator: Callable, optimizer: Any) -> Callable:
+    def create(next_creator: Callable, **kwargs: Any) -> Any:
+        try:
+            return creator(next_creator, **kwargs)
+        except ValueError as error:
+            raise ValueError(
+                f"{optimizer.name}: `scale_loss` was called in a `tf.function` "
+                "before the optimizer was built, so that the function would keep the "
+                "scale of now. TensorFlow traces it anew for what is built in its "
+                "first trace, but not for what is built in a later one: call "
+                "`optimizer.build(model.trainable_variables)` before the function."
+            ) from error
+
+    return create
 
 
 def _compiles_steps(strategy: tf.distribute.Strategy) -> bool:
