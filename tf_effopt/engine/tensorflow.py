@@ -299,6 +299,8 @@ class TensorFlowEngine(Engine):
             # Nor is a trial made, whose result would outlast the watching.
             self._warn_of(device, "XLA can't compile the operations of `tf.debugging`")
             return False
+        if _is_known_to_compile(device, variables, self.plan):
+            return True
         kinds = _smallest_of_each_kind(variables)
         key = device, frozenset(kinds), *_functions_of(self.plan)
         if key not in _update_failures:
@@ -406,6 +408,23 @@ def _compiles_steps(strategy: tf.distribute.Strategy) -> bool:
 # What can't be compiled, and why; None for what can. All optimizers with the same
 # functions share one trial.
 _update_failures: dict[tuple, str | None] = {}
+
+
+def _is_known_to_compile(
+    device: str, variables: list[TrainedVariable], plan: Plan
+) -> bool:
+    """Whether no trial is needed: the tests compile all of this package's on a CPU."""
+    if tf.DeviceSpec.from_string(device).device_type != "CPU" or _xla_failure(device):
+        return False
+    functions = [v.rule.function for v in variables] + _functions_of(plan)
+    constraints = [v.constraint for v in variables]
+    return all(x is None or _is_of(x.__module__, "tf_effopt") for x in functions) and (
+        all(x is None or _is_of(type(x).__module__, "keras") for x in constraints)
+    )
+
+
+def _is_of(module: str, package: str) -> bool:
+    return module.partition(".")[0] == package
 
 
 def _smallest_of_each_kind(variables: list[TrainedVariable]) -> dict[tuple, int]:
