@@ -102,7 +102,11 @@ class LargeGradient:
         dtype = inputs.scalar_dtype
         arguments = Arguments(inputs.plan, inputs.scalars, inputs.t)
         limit = arguments.number(OPTIMIZER, inputs.plan.clip, dtype)
-        return ops.square(ops.minimum(ops.sqrt(ops.cast(square, dtype)), limit))
+        # XLA may square a constant factor of a gradient apart from it, which makes NaN
+        # of what overflows.
+        norm = ops.sqrt(ops.cast(square, dtype))
+        norm = ops.where(ops.isnan(norm), ops.full_like(norm, float("inf")), norm)
+        return ops.square(ops.minimum(norm, limit))
 
     def _shrunk_squares(self) -> list[Any]:
         """One number for each gradient if each is clipped by its norm; else one."""

@@ -101,10 +101,13 @@ def root_of_factor(limit: Any, squared: Any, shrunk: Any) -> Any:
 def shrunk(g: Any, overflows: Any) -> Any:
     """Returns `g` times `shrink(g)`, to be squared, if `overflows` is true.
 
-    That is no constant: XLA may square that, and `g`, and multiply the squares.
+    The factor is no constant: XLA may square that, and `g`, and multiply the squares. So
+    it may with a constant factor in `g` itself, such as a loss weight; it doesn't move
+    one out of a choice. If `overflows` is false this is 0.
     """
     one = ops.ones((), g.dtype)
-    return g * ops.where(overflows, shrink(g) * one, one)
+    chosen = ops.where(overflows, g, ops.zeros_like(g))
+    return chosen * ops.where(overflows, shrink(g) * one, one)
 
 
 def shrink(x: Any) -> float:
