@@ -161,8 +161,8 @@ class SOAP(Optimizer):
     some 1e-4 of the largest are rounding's choice, and steps along them too: two
     runs that add in another order (1 device or 2) drift apart there.
 
-    A tensor that gets its first gradient later than others starts with the
-    identity as its bases.
+    The first update of a tensor makes its bases, even if it gets its first gradient
+    later than others.
 
     Reference: Vyas et al., 2024, https://arxiv.org/abs/2409.11321; authors'
     code: https://github.com/nikhilvyas/SOAP
