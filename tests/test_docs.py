@@ -76,6 +76,7 @@ def test_the_engine_names_no_rule():
 DISTRIBUTE = ("fit", "hooks", "shares", "stand_ins", "strategies", "whole_batches")
 TENSORFLOW = [
     "engine/reduction.py",
+    "engine/rows.py",
     "engine/tensorflow.py",
     "engine/watching.py",
     *(f"distribute/{name}.py" for name in DISTRIBUTE),
