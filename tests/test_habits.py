@@ -267,7 +267,7 @@ def test_optimizer_of_one_model_on_another_is_refused():
     optimizer.build(cases.small_model().trainable_variables)
     other = cases.compiled_model(optimizer)
     before = other.get_weights()
-    with pytest.raises(ValueError, match="first/kernel isn't among the 4 variables"):
+    with pytest.raises(ValueError, match="variables of another model.*first/kernel"):
         other.train_on_batch(X, Y)
     assert_identical(other.get_weights(), before)
 

@@ -102,11 +102,11 @@ class LargeGradient:
         dtype = inputs.scalar_dtype
         arguments = Arguments(inputs.plan, inputs.scalars, inputs.t)
         limit = arguments.number(OPTIMIZER, inputs.plan.clip, dtype)
+        norm = ops.sqrt(ops.cast(square, dtype))
         # XLA may square a constant factor of a gradient apart from it, which makes NaN
         # of what overflows.
-        norm = ops.sqrt(ops.cast(square, dtype))
-        norm = ops.where(ops.isnan(norm), ops.full_like(norm, float("inf")), norm)
-        return ops.square(ops.minimum(norm, limit))
+        below = ops.where(ops.isnan(norm), limit, ops.minimum(norm, limit))
+        return ops.square(below)
 
     def _shrunk_squares(self) -> list[Any]:
         """One number for each gradient if each is clipped by its norm; else one."""
