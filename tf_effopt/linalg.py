@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
+SHRINK = 2.0**-20  # what matrices are multiplied by, before their norm is taken
+
 
 def norm(x: Any) -> Any:
     """Returns the Euclidean norm of all elements of `x`, a scalar."""
@@ -45,8 +47,11 @@ def orthogonalized(x: Any, coefficients: list[tuple], margin: float = 1.0) -> An
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = ops.swapaxes(x, -1, -2)
+    # Squares of numbers near 1e18 fit then. The factor isn't a constant, which XLA
+    # would square apart from `x`; a power of 2 rounds nothing.
+    x = x * (SHRINK + 0 * x[..., :1, :1])
     size = ops.sqrt(ops.sum(ops.square(x), axis=(-2, -1), keepdims=True))
-    x = x / ops.maximum(margin * size, 1e-7 + 0 * size)
+    x = x / ops.maximum(margin * size, 1e-7 * SHRINK + 0 * size)
     for a, b, c in coefficients:
         gram = x @ ops.swapaxes(x, -1, -2)
         x = a * x + (b * gram + c * (gram @ gram)) @ x
@@ -131,6 +136,7 @@ def left_singular_vectors(matrices: Sequence[Any]) -> list[Any]:
     Columns are orthogonal and of any length. In the place of eigenvectors for
     0, which rounding alone would choose, they are zeros.
     """
+    matrices = [of_unit_size(x) for x in matrices]
     is_wide = [x.shape[0] <= x.shape[1] for x in matrices]
     # Both products have the same eigenvalues but 0, and eigh is slow.
     smaller = [
@@ -154,7 +160,7 @@ def eigenvectors(a: Any) -> Any:
         A stack of matrices, in which each column's largest element is positive,
         and a column that rounding alone would choose, for an eigenvalue 0, is 0.
     """
-    a = ops.where(ops.isfinite(a), a, ops.zeros_like(a))
+    a = of_unit_size(ops.where(ops.isfinite(a), a, ops.zeros_like(a)))
     values, vectors = ops.linalg.eigh(a)
     values, vectors = ops.flip(values, axis=-1), ops.flip(vectors, axis=-1)
     # XLA's eigh stops at 1e-6 of the norm, in float64, too. One step of Ogita &
@@ -171,8 +177,18 @@ def eigenvectors(a: Any) -> Any:
     return ops.where(seen, vectors, ops.zeros_like(vectors))
 
 
+def of_unit_size(x: Any) -> Any:
+    """Returns each matrix of `x` over its largest element; zeros as they are.
+
+    Factorizations square their matrices' elements, which may neither overflow nor
+    vanish.
+    """
+    largest = ops.max(ops.abs(x), axis=(-2, -1), keepdims=True)
+    return x / ops.where(largest > 0, largest, ops.ones_like(largest))
+
+
 def power_iteration(a: Any, basis: Any) -> tuple[Any, Any]:
-    """Returns `a @ basis`, columns by falling eigenvalue, and their order.
+    """Returns `a @ basis`, up to a factor, columns by falling eigenvalue.
 
     Args:
         a: stack of symmetric matrices with eigenvalues of at least 0.
@@ -182,7 +198,7 @@ def power_iteration(a: Any, basis: Any) -> tuple[Any, Any]:
         `(columns, order)`: columns that `a` would map to 0, or to what isn't
         finite, are as they were; column i came from column `order[..., i]`.
     """
-    image = ops.matmul(a, basis)
+    image = ops.matmul(of_unit_size(a), basis)
     values = ops.sum(basis * image, axis=-2, keepdims=True)
     order = ops.argsort(-values, axis=-1)
     largest = ops.max(values, axis=-1, keepdims=True)

@@ -19,6 +19,11 @@ def rotated(x, bases, back=False):
     return x
 
 
+def without_rounding(x):
+    """`x` with 0 for what is nothing but rounding beside the largest element."""
+    return np.where(np.abs(x) > 1e-13 * np.abs(x).max(initial=0), x, 0.0)
+
+
 def soap(g, w, state, t, lr, settings):
     """Vyas et al. 2024 (arXiv:2409.11321), algorithms 3 and 4.
 
@@ -60,9 +65,9 @@ def soap(g, w, state, t, lr, settings):
     t = t - 1
     bases = [state.get(f"basis_{k}") for k in range(g.ndim)]
     m = b1 * state["momentum"] + (1.0 - b1) * g
-    v = b2 * state["velocity"] + (1.0 - b2) * rotated(g, bases) ** 2
+    v = b2 * state["velocity"] + (1.0 - b2) * without_rounding(rotated(g, bases)) ** 2
     state["momentum"], state["velocity"] = m, v
-    n = rotated(m, bases) / (np.sqrt(v) + eps)
+    n = without_rounding(rotated(m, bases)) / (np.sqrt(v) + eps)
     step = -lr * np.sqrt(1.0 - b2**t) / (1.0 - b1**t) * rotated(n, bases, back=True)
     step = step - lr * decay * (w + step)
     count_in(g)
