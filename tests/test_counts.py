@@ -117,3 +117,13 @@ def test_a_model_that_fit_builds_trains_as_one_with_an_input(name, settings):
         history = model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
         losses.append(history.history["loss"] + [model.evaluate(x, y, verbose=0)])
     np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"slots": {"d": ("estimate", 1.0)}}, {"measure": lambda g, slots: {}}]
+)
+def test_numbers_of_each_variable_have_no_state_of_the_model(wrong):
+    with pytest.raises(ValueError, match="can't have `slots` or `measure`"):
+        tf_effopt.rules.ModelRule(
+            lambda sums, slots, *, t: ({}, {}), each_count=True, **wrong
+        )

@@ -106,12 +106,24 @@ class ModelRule:
         each_count: whether the numbers are those of each variable by its count of
             updates: `rule` depends on `t` and hyperparameters alone, has no slots
             and no `measure`, and is called with a vector of counts as `t`.
+
+    Raises:
+        ValueError: `each_count` with `slots` or `measure`.
     """
 
     rule: Callable
     slots: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
     measure: Callable | None = None
     each_count: bool = False
+
+    def __post_init__(self):
+        if self.each_count and (self.slots or self.measure is not None):
+            raise ValueError(
+                "A `ModelRule` with `each_count=True` has numbers of each variable, made "
+                "of its count alone: it can't have `slots` or `measure`, which are of "
+                f"the whole model. Received: slots={dict(self.slots)}, "
+                f"measure={self.measure}. Leave them out, or `each_count`."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

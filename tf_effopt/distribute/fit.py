@@ -47,8 +47,8 @@ def prepare(model: keras.Model) -> keras.Model:
     ...     model.compile(tf_effopt.Adam(), "mse")
     >>> model = tf_effopt.distribute.prepare(model)
 
-    On one device, and with Keras's other backends, nothing changes. With several
-    replicas, on one host or several:
+    On one device, and with Keras's other backends, nothing changes; TensorFlow has to
+    be installed. With several replicas, on one host or several:
 
     - Each replica's loss counts by its number of examples, so that gradients and loss
       of a short last batch, of which a replica may have nothing, are those of one
