@@ -95,6 +95,9 @@ CASES = [
     _case("soap", "SOAP", learning_rate=0.01, precondition_frequency=3),
 ]
 BY_NAME = {case.name: case for case in CASES}
+# One of each kind, of those with matrices, model-wide numbers, state of another shape or
+# from the weights: what the test command runs where `-m slow` runs all.
+KINDS = ("sgd", "adam", "adafactor", "muon", "prodigy", "schedule_free_adamw")
 WITH_COUNTERPART = [case for case in CASES if case.keras]
 
 # With settings such that a few steps show them.

@@ -1,7 +1,8 @@
-"""Which process runs which test file, and when a fresh one takes over."""
+"""Which cases are slow; which process runs which file, and when a fresh one takes over."""
 
 from __future__ import annotations
 
+import fnmatch
 import time
 from typing import Any
 
@@ -12,12 +13,22 @@ LONGEST = ("test_ways", "test_precision", "test_mirrored", "test_transforms")
 SECONDS_OF_A_PROCESS = 150
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marker = item.get_closest_marker("representatives")
+        if marker and not _is_among(item, marker.args):
+            item.add_marker(pytest.mark.slow)
+
     def place(item: pytest.Item) -> int:
         name = item.path.stem
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=place)  # which keeps the order within a file
+
+
+def _is_among(item: pytest.Item, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(item.callspec.id, p) for p in patterns)
 
 
 @pytest.hookimpl(optionalhook=True)

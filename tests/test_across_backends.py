@@ -53,6 +53,7 @@ def needs(backend):
 with_torch = pytest.mark.torch
 
 
+@pytest.mark.representatives("tensorflow-torch")
 @pytest.mark.parametrize(
     "saves, goes_on",
     [

@@ -141,6 +141,7 @@ def test_under_two_replicas():
     assert tf and "restored" in _python(script)
 
 
+@pytest.mark.representatives("jax")
 @pytest.mark.parametrize(
     "backend", ["jax", pytest.param("torch", marks=pytest.mark.torch)]
 )

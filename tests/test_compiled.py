@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import CASES, by_name
+from cases import CASES, KINDS, by_name
 
 OPTIONS = {
     "plain": {},
@@ -64,6 +64,7 @@ def test_a_step_is_one_compiled_program(case, options):
     }
 
 
+@pytest.mark.representatives(*KINDS)
 @pytest.mark.parametrize("case", CASES, ids=by_name)
 def test_the_program_has_no_float64(case):
     optimizer, gradients = built(case, **OPTIONS["all"])
@@ -120,6 +121,7 @@ def test_float64_weights_are_the_only_reason_for_float64():
     assert "f64[3]" in ir(stage="hlo")
 
 
+@pytest.mark.representatives(*KINDS)
 @pytest.mark.parametrize("case", CASES, ids=by_name)
 def test_further_steps_trace_nothing(case):
     optimizer, gradients = built(case, clipnorm=1.0)

@@ -162,6 +162,7 @@ def with_everything(make: Callable = tf_effopt.AdamW) -> tf_effopt.Optimizer:
     return optimizer
 
 
+@pytest.mark.representatives("by_sklearn", "by_the_constructor")
 @pytest.mark.parametrize("anew", ANEW)
 def test_what_is_made_of_a_configuration_is_fresh(anew):
     used = with_everything()

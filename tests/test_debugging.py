@@ -110,6 +110,7 @@ def assert_near(model: keras.Model, expected: list[np.ndarray]) -> None:
 SLOW = {("dump", "fit"), ("dump", "function"), ("profiler", "eager")}
 
 
+@pytest.mark.representatives("check_numerics-*", "*-eager")
 @pytest.mark.parametrize(
     ("tool", "way"),
     [

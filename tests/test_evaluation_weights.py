@@ -196,6 +196,7 @@ def test_before_the_first_step_nothing_happens():
     assert_identical(model.get_weights(), weights)
 
 
+@pytest.mark.representatives("weights.h5-at x", "keras-at y")
 @pytest.mark.parametrize("evaluating", [True, False], ids=["at x", "at y"])
 @pytest.mark.parametrize("extension", ["keras", "weights.h5"])
 def test_saved_in_the_middle_it_goes_on(evaluating, extension, tmp_path):

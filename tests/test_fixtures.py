@@ -87,6 +87,18 @@ def assert_reached(
             )
 
 
+@pytest.mark.representatives(
+    "accumulation",
+    "adafactor",
+    "averages",
+    "carry_over",
+    "groups_overlap",
+    "groups_regex",
+    "loss_scale",
+    "muon_roles",
+    "schedule",
+    "skipped_steps",
+)
 @every_scenario
 def test_files_continue_as_they_did(scenario, expected):
     """A whole model; then, into the same one, its weights and a checkpoint."""
@@ -126,6 +138,7 @@ def test_each_form_gives_a_new_model_the_same_values(scenario):
         assert_identical(model, saved)
 
 
+@pytest.mark.representatives("groups_overlap", "muon_roles")
 @pytest.mark.parametrize(
     "name",
     [
@@ -143,6 +156,7 @@ def test_a_new_model_continues_as_it_did(name, expected):
     assert_reached(scenario, model, reached, expected[name])
 
 
+@pytest.mark.representatives("groups_regex", "loss_scale")
 @pytest.mark.parametrize(
     "name",
     [
@@ -166,6 +180,7 @@ def test_what_is_loaded_and_saved_again_continues_as_it_did(name, expected, tmp_
 # ------------------------------------------------------------- Keras's JAX backend
 
 
+@pytest.mark.representatives("muon", "schedule")
 @pytest.mark.parametrize("name", ON_JAX)
 def test_a_file_of_jax_continues_on_tensorflow(name, expected):
     scenario = BY_NAME[name]

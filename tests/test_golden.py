@@ -133,6 +133,25 @@ LIBRARY_BOUNDS = {"float32": 1e-5, "float64": 1e-10}
 every_library_trace = pytest.mark.parametrize("name", library_traces())
 
 
+@pytest.mark.representatives(
+    "float32-adafactor",
+    "float32-adam",
+    "float32-adam_amsgrad",
+    "float32-adamw",
+    "float32-gradient_descent",
+    "float32-lamb",
+    "float32-lars",
+    "float32-lion",
+    "float32-muon",
+    "float32-nadam",
+    "float32-prodigy",
+    "float32-radam",
+    "float32-rmsprop",
+    "float32-schedule_free_adamw",
+    "float32-sgd_nesterov",
+    "float32-yogi",
+    "float64-soap",
+)
 @every_library_trace
 @pytest.mark.parametrize("dtype", LIBRARY_BOUNDS)
 def test_library_follows_the_trace(name, dtype):

@@ -12,7 +12,16 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import BY_NAME, CASES, arrays, by_name, compiled_model, small_model, train
+from cases import (
+    BY_NAME,
+    CASES,
+    KINDS,
+    arrays,
+    by_name,
+    compiled_model,
+    small_model,
+    train,
+)
 
 import tf_effopt
 from tf_effopt import SGD, Adam, AdamW, Group
@@ -42,6 +51,7 @@ def identical(one, other):
 # ----------------------------------------------------------------- what they do
 
 
+@pytest.mark.representatives(*KINDS)
 @pytest.mark.parametrize("case", CASES, ids=by_name)
 def test_equals_an_optimizer_with_these_numbers(case):
     """Also the rules that decay themselves, where the optimizer has no decay."""

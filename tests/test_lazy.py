@@ -59,6 +59,7 @@ def run_row_by_row(case) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return np.stack(arrays(variables)), slots
 
 
+@pytest.mark.representatives("sgd", "adam", "radam")
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.make.func.elementwise], ids=cases.by_name
 )

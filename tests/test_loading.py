@@ -37,6 +37,7 @@ def trained_on(name: str, shape: tuple, rates: str) -> tf_effopt.Optimizer:
     return optimizer
 
 
+@pytest.mark.representatives("sgd-*", "adafactor-*")
 @pytest.mark.parametrize("built", [False, True], ids=["", "built"])
 @pytest.mark.parametrize("shape", [(2, 3), ()], ids=["matrix", "scalar"])
 @pytest.mark.parametrize("rates", RATES)
@@ -181,6 +182,7 @@ IN_H5 = {
 }
 
 
+@pytest.mark.representatives("schedule", "loss_scale")
 @pytest.mark.parametrize("name", IN_H5)
 def test_a_model_in_one_h5_file_trains_on(name, tmp_path):
     """Keras builds its optimizer on an empty list."""

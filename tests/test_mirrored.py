@@ -51,6 +51,29 @@ OURS = [
     "mixed_strategies",
 ]
 OURS += [f"transform_{name}" for name in TRANSFORMS]
+# Besides what other tests look at.
+FEW = [
+    "plain",
+    "global_clipnorm",
+    "accumulation_and_clipping",
+    "ema_overwrite",
+    "repeated_ids",
+    "infinite_in_our_wrapper",
+    "lazy_rows",
+    "numbers_of_the_model",
+    "groups",
+    "training_loop_without_build",
+    "mixed_strategies",
+    "transform_zclip",
+]
+LOOKED_AT = [
+    "a_gradient_from_outside",
+    "compressed_gradients",
+    "programs_per_replica",
+    "measured_gradients",
+    "infinite_sum",
+    "mixed_strategies",
+]
 
 
 def keras_version() -> tuple[int, int]:
@@ -58,9 +81,9 @@ def keras_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def run(package: str, output: pathlib.Path) -> dict:
+def run(package: str, output: pathlib.Path, *scenarios: str) -> dict:
     finished = subprocess.run(
-        [sys.executable, "mirrored.py", package, output],
+        [sys.executable, "mirrored.py", package, output, *scenarios],
         check=False,
         cwd=HERE,
         env=os.environ | {"KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": "-1"},
@@ -74,7 +97,15 @@ def run(package: str, output: pathlib.Path) -> dict:
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
-    return run("tf_effopt", tmp_path_factory.mktemp("mirrored") / "ours.json")
+    output = tmp_path_factory.mktemp("mirrored") / "ours.json"
+    return run("tf_effopt", output, *FEW, *LOOKED_AT)
+
+
+@pytest.fixture(scope="module")
+def others_of_ours(tmp_path_factory):
+    others = set(SHARED + OURS) - {*FEW, *LOOKED_AT}
+    output = tmp_path_factory.mktemp("mirrored") / "others.json"
+    return run("tf_effopt", output, *others)
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +119,12 @@ def holds(result: dict) -> bool:
     )
 
 
+@pytest.mark.representatives(*FEW)
 @pytest.mark.parametrize("scenario", SHARED + OURS)
-def test_equals_one_device(ours, scenario):
-    assert holds(ours[scenario]), ours[scenario]
+def test_equals_one_device(request, scenario):
+    has_run = scenario in {*FEW, *LOOKED_AT}
+    found = request.getfixturevalue("ours" if has_run else "others_of_ours")
+    assert holds(found[scenario]), found[scenario]
 
 
 @pytest.mark.parametrize("scenario", SHARED)
@@ -109,8 +143,9 @@ def test_infinite_gradient_halves_our_scale(ours):
     assert result["skipped"] == 2
 
 
-def test_matrices_are_divided_among_replicas(ours):
-    result = ours["divided_matrices"]
+@pytest.mark.slow
+def test_matrices_are_divided_among_replicas(others_of_ours):
+    result = others_of_ours["divided_matrices"]
     assert sorted(result["of_two"]) == [[1, 8, 16], [2, 16, 16]]
     assert sorted(result["of_one"]) == [[1, 8, 16], [3, 16, 16]]
 
@@ -187,6 +222,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.representatives("3")
 @pytest.mark.parametrize("replicas", [3, 5])
 def test_an_odd_number_of_replicas_counts_the_last_one(replicas):
     """TensorFlow's hierarchical copy leaves it out."""

@@ -85,6 +85,7 @@ def chosen(optimizer) -> list:
     ]
 
 
+@pytest.mark.representatives("by_layer")
 @pytest.mark.parametrize("make", [by_layer, by_role, by_path, by_pattern])
 def test_training_goes_on_under_new_names(make, tmp_path):
     keras.layers.Dense(1)  # shifts the numbers in names

@@ -69,6 +69,7 @@ def trained(optimizer: tf_effopt.Optimizer, problem: str) -> np.ndarray:
     return w.numpy()
 
 
+@pytest.mark.representatives("*-parabola")
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("case", CASES, ids=cases.by_name)
 def test_optimizer_reaches_it(case, problem):
@@ -81,6 +82,7 @@ def test_optimizer_reaches_it(case, problem):
     np.testing.assert_allclose(w, PROBLEMS[problem][1], rtol=3e-2)
 
 
+@pytest.mark.representatives("*-parabola")
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_adam_with_transform_reaches_it(name, problem):

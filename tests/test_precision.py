@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 import tensorflow as tf
-from cases import BY_NAME, CASES, arrays
+from cases import BY_NAME, CASES, KINDS, arrays
 from golden_certificates import with_signs_of
 from keras import ops
 
@@ -79,6 +79,9 @@ class Regressions:
         return (before[narrow] - self.loss(narrow)) / drop
 
 
+@pytest.mark.representatives(
+    "*-sgd", "*-adam", "*-muon", "compensated-adafactor", "compensated-prodigy"
+)
 @every_case
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
 def test_bfloat16_loses_at_least_80_percent_of_what_float32_loses(case, rounding):
@@ -315,6 +318,7 @@ def test_stochastic_rounding_of_a_step_is_the_same_eagerly_and_compiled():
 # -------------------------------------------------------- float64 and scalars
 
 
+@pytest.mark.representatives(*KINDS)
 @every_case
 def test_float64_weights_train_in_float64(case):
     rng = np.random.default_rng(11)

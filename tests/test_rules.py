@@ -91,6 +91,11 @@ COMBINATIONS = [
 ]
 
 
+@pytest.mark.representatives(
+    "adam-*",
+    "*[aornw]-global_clipnorm+weight_decay",
+    "muon-gradient_accumulation_steps*",
+)
 @pytest.mark.parametrize(
     ("case", "stages"),
     COMBINATIONS,

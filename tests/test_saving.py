@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import BY_NAME, CASES, WITH_COUNTERPART, arrays
+from cases import BY_NAME, CASES, KINDS, WITH_COUNTERPART, arrays
 
 import tf_effopt
 
@@ -102,6 +102,7 @@ def keras_run(tmp_path_factory):
     )
 
 
+@pytest.mark.representatives(*KINDS)
 @every_case
 def test_model_from_keras_file_is_as_it_was_saved(case, our_run):
     """How it goes on: test_resumed.py, in a separate process."""
@@ -221,6 +222,7 @@ def test_loss_scale_of_another_model_is_refused():
         other.load_own_variables(store)
 
 
+@pytest.mark.representatives("number-adafactor", "schedule-adam")
 @pytest.mark.parametrize("name", ["adam", "adafactor", "schedule_free_adamw"])
 @pytest.mark.parametrize("rate", [0.25, None], ids=["number", "schedule"])
 def test_model_that_was_saved_before_it_trained(name, rate, tmp_path):
@@ -242,6 +244,7 @@ def assert_same(weights: list[np.ndarray], expected: list[np.ndarray]) -> None:
         np.testing.assert_array_equal(found, value)
 
 
+@pytest.mark.representatives("plain-*", "keras-state-built", "ours-state-")
 @pytest.mark.parametrize("built", [False, True], ids=["", "built"])
 @pytest.mark.parametrize("in_file", ["nothing", "numbers", "state"])
 @pytest.mark.parametrize(
@@ -350,6 +353,7 @@ def with_group(name: str) -> tf_effopt.Optimizer:
     return BY_NAME[name].make(use_ema=True, groups=[group])
 
 
+@pytest.mark.representatives("adam-False", "muon-True", "<lambda>-bfloat16-True")
 @pytest.mark.parametrize("compiled_anew", [False, True])
 @pytest.mark.parametrize(
     "make, dtype",
@@ -601,6 +605,7 @@ def test_checkpoint_of_keras_continues(case, our_run, keras_run):
     assert_near(cases.train(model, STEPS), theirs.expected)
 
 
+@pytest.mark.representatives("sgd", "adam", "muon")
 @every_shared_case
 def test_loaded_optimizer_of_keras_can_be_replaced_by_ours(case, keras_run):
     theirs = keras_run(case)

@@ -178,6 +178,7 @@ def test_frequency_may_change_while_training():
     assert program.run_function.experimental_get_tracing_count() == 1
 
 
+@pytest.mark.representatives("None")
 @pytest.mark.parametrize("frequency", [3, None])
 def test_a_tensor_whose_first_gradient_comes_late_trains_as_a_new_one(frequency):
     def make():

@@ -192,6 +192,7 @@ def kernel_of(layer, shape, index):
     return layer.trainable_variables[index]
 
 
+@pytest.mark.representatives("attention-*", "layer[0-4]-*")
 @pytest.mark.parametrize("layer, shape, index, axes", LAYERS)
 def test_units_are_those_of_the_layer(layer, shape, index, axes):
     """Of which each has a mean and a norm of its own."""
@@ -360,6 +361,13 @@ def trained(case: str, *transforms: str) -> tuple[np.ndarray, bool]:
     return w.numpy(), along
 
 
+@pytest.mark.representatives(
+    "adam-*",
+    "muon-adaptive_clipping",
+    "lamb-zclip",
+    "prodigy-skip_spikes",
+    "schedule_free_adamw-cautious",
+)
 @every_transform
 @pytest.mark.parametrize("case", CASES, ids=by_name)
 def test_works_with_every_optimizer(case, name):
@@ -371,6 +379,7 @@ def test_works_with_every_optimizer(case, name):
     assert np.allclose(changed, plain, atol=1e-5) == without_effect
 
 
+@pytest.mark.representatives("zclip", "gradient_centralization")
 @every_transform
 def test_a_saved_model_goes_on_with_the_same_bits(name, tmp_path):
     model = compiled_model(Adam(0.05, transforms=[TRANSFORMS[name]()]))
@@ -389,6 +398,7 @@ def test_a_saved_model_goes_on_with_the_same_bits(name, tmp_path):
     assert all(np.array_equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.representatives("zclip", "adaptive_clipping")
 @every_transform
 def test_eager_compiled_and_fit_are_equal(name):
     def trained(way):

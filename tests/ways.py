@@ -1,6 +1,8 @@
 """Trains one model in every way to run, and saves what came out.
 
-    python tests/ways.py eager,graph,fit OUTPUT.npz
+    python tests/ways.py eager,graph,fit few OUTPUT.npz
+
+`few` are the runs of the test command, `others` the rest.
 
 Run in a separate process: the backend (KERAS_BACKEND), the devices and, with
 `--without-tensorflow`, what can be imported are chosen at its start.
@@ -26,6 +28,15 @@ BATCH, STEPS = 8, 20
 # with matrices, model-wide numbers, state of another shape or from the weights.
 PLACED = ("elsewhere", "one_device")
 KINDS = ("adam", "adafactor", "muon", "prodigy", "schedule_free_adamw", "soap")
+FEW = (
+    "sgd-all_at_once",
+    "adam-all_at_once",
+    "adam-accumulation",
+    "adam-large",
+    "adam-groups",
+    "muon-all_at_once",
+    "prodigy-all_at_once",
+)
 # Several options at once; each case runs with the first, some with all.
 OPTIONS = {
     "all_at_once": {
@@ -66,7 +77,7 @@ def groups() -> list[tf_effopt.Group]:
     ]
 
 
-def runs() -> list[tuple]:
+def runs(chosen: str) -> list[tuple]:
     """(name, case, options) of each training; cases that it makes equal, once."""
     made, seen = [], []
     for case in CASES:
@@ -82,7 +93,7 @@ def runs() -> list[tuple]:
                 for name, options in OPTIONS.items()
                 if name != "all_at_once"
             ]
-    return made
+    return [run for run in made if (run[0] in FEW) == (chosen == "few")]
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -258,7 +269,7 @@ def outcome(model) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    ways, output = sys.argv[1].split(","), sys.argv[2]
+    ways, chosen, output = sys.argv[1].split(","), *sys.argv[2:4]
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -267,7 +278,7 @@ def main() -> None:
         tf.config.set_logical_device_configuration(cpu, two)
     saved = {}
     for way in ways:
-        for name, case, options in runs():
+        for name, case, options in runs(chosen):
             if way in PLACED and case.name not in KINDS:
                 continue
             model = globals()[f"way_{way}"](case, options)
