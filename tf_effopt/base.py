@@ -91,9 +91,9 @@ class Optimizer(keras.optimizers.Optimizer):
     `(delta, slots)`. Its further keyword-only arguments are looked up by name:
     `t` is the number of this variable's update, from 1: as that of the model, but
     for a variable that joined later or had no gradient for a while (in a class
-    with a `model_rule` it is always that of the model); `w` the weight before the step
-    and its decay; `weight_decay` that of this variable, for rules that decay
-    themselves; any other a hyperparameter of the class, or a number that its
+    with a `model_rule` without `each_count` it is always that of the model); `w` the
+    weight before the step and its decay; `weight_decay` that of this variable, for
+    rules that decay themselves; any other a hyperparameter of the class, or a number that its
     `model_rule` returns. Numbers come as scalar tensors of the dtype of `g`, the
     wider of float32 and the weight's.
 

@@ -13,6 +13,7 @@ checked here, and reaches the compiled update without compiling it again.
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import re
@@ -351,8 +352,13 @@ class EachCount:
 
     def __init__(self, vector: Any):
         self.vector = vector
-        self.scalars = ops.unstack(vector)
-        self._places = {id(t): i for i, t in enumerate(self.scalars)}
+        self._places: dict[int, int] = {}
+
+    @functools.cached_property
+    def scalars(self) -> list[Any]:
+        scalars = ops.unstack(self.vector)
+        self._places = {id(t): i for i, t in enumerate(scalars)}
+        return scalars
 
     def place(self, t: Any) -> int | None:
         """Which of the counts `t` is, None for another tensor."""

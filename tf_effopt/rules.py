@@ -105,7 +105,9 @@ class ModelRule:
             is a dict of scalars; `rule` gets their sums over all tensors.
         each_count: whether the numbers are those of each variable by its count of
             updates: `rule` depends on `t` and hyperparameters alone, has no slots
-            and no `measure`, and is called with a vector of counts as `t`.
+            and no `measure`, and is called with a vector of counts as `t`. What a
+            rule makes of `t` alone belongs here: it is computed once for all
+            variables, and the step compiles faster.
 
     Raises:
         ValueError: `each_count` with `slots` or `measure`.

@@ -5,8 +5,10 @@ of it, since it joined later or had no gradient, is kept beside it: a vector of
 integers, `missed`, with one element for each variable, almost always all 0. So bias
 correction counts the updates of the variable that it corrects, as in PyTorch.
 
-The numbers that rules make of `t` are made once, for the vector of all counts, and not
-once for each variable.
+The numbers that follow from a count, such as a bias correction, are made once, for the
+vector of all counts: a rule names them in a `ModelRule` with `each_count=True`. On
+TensorFlow that happens before the compiled program, which gets them one by one; see
+`Program`. A rule may ask for `t` itself, too; then compiling takes longer.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 
 from keras import ops
 
+from tf_effopt.engine.counts import follows_variables
 from tf_effopt.engine.inputs import Inputs, own_arguments
 from tf_effopt.engine.plan import (
     EVALUATING,
@@ -195,7 +196,9 @@ class Transformed:
     def optimizer_numbers(self) -> tuple[dict[str, Any], dict]:
         """Runs the optimizer's own model rule: its numbers, all next slots."""
         plan, numbers = self.inputs.plan, {}
-        if plan.model is not None:
+        # Those that follow from each variable's count are made elsewhere.
+        are_of_each = self.inputs.scalars.missed is not None and follows_variables(plan)
+        if plan.model is not None and not are_of_each:
             numbers = self._model_numbers(OPTIMIZER, plan.model)
         if plan.evaluation is not None:
             now = self.model[OPTIMIZER]

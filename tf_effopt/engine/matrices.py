@@ -128,9 +128,7 @@ def _counted(
 ) -> dict[str, Any]:
     """What follows from the counts, of shape `(n, 1, 1)`: each matrix has its own."""
     variables = [inputs.variables[i] for i in members]
-    if "t" not in variables[0].rule.names and inputs.plan.model is None:
-        return {}
-    of_each = [arguments.counted(v.compute_dtype, v.index) for v in variables]
+    of_each = [arguments.counted(v, v.index) for v in variables]
     counts = [views[i].count for i in members]
     return {
         name: ops.concatenate(

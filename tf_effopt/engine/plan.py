@@ -42,7 +42,14 @@ class Bound:
     fixed: dict[str, Any]
 
     def __call__(self, *tensors: Any, arguments: dict[str, Any]) -> Any:
-        given = {name: arguments[name] for name in self.names}
+        try:
+            given = {name: arguments[name] for name in self.names}
+        except KeyError as error:
+            raise TypeError(
+                f"`{self.function.__name__}` takes `{error.args[0]}`, which nothing "
+                "provides: it is no hyperparameter, and no number that `model_rule` "
+                f"returns. Known here: {', '.join(sorted(arguments))}."
+            ) from None
         return self.function(*tensors, **given, **self.fixed)
 
 
@@ -210,6 +217,8 @@ class Scalars:
         model: owner -> letter -> the model's slots before this step.
         missed: integers, what each variable missed of the updates; None if all
             have the model's count. See `tf_effopt.engine.counts`.
+        of_each: dtype -> name -> for each variable a number that follows from its
+            count; None where they are made when they are asked for.
     """
 
     iterations: Any
@@ -217,6 +226,7 @@ class Scalars:
     pairs: Any
     model: dict[int, dict[str, Any]]
     missed: Any = None
+    of_each: dict[str, dict[str, list[Any]]] | None = None
 
 
 class Arguments:
@@ -237,7 +247,7 @@ class Arguments:
 
     def anew(self) -> Arguments:
         """The same, of which no tensor has been made yet, and without counts."""
-        scalars = dataclasses.replace(self.scalars, missed=None)
+        scalars = dataclasses.replace(self.scalars, missed=None, of_each=None)
         other = Arguments(self.plan, scalars, self.t)
         other.numbers = self.numbers
         return other
@@ -288,18 +298,27 @@ class Arguments:
     def _follows_variables(self) -> bool:
         return self.counts is not None and follows_variables(self.plan)
 
-    def counted(self, dtype: str, index: int) -> dict[str, Any]:
-        """What the rule of one variable receives that follows from its count."""
+    def counted(self, v: TrainedVariable, index: int) -> dict[str, Any]:
+        """What `v`'s rule receives that follows from the count of one variable."""
         if not self._follows_variables:
             return {}
-        each = self.counts.each(dtype)
+        dtype, names = v.compute_dtype, v.rule.names
+        found = {k: x[index] for k, x in self.of_each(dtype).items() if k in names}
+        if "t" in names:
+            found["t"] = self.counts.each(dtype).scalars[index]
+        return found
+
+    def of_each(self, dtype: str) -> dict[str, list[Any]]:
+        """Name -> for each variable a number that follows from its count."""
+        if self.scalars.of_each is not None:
+            return self.scalars.of_each[dtype]
         if dtype not in self._numbers_of_each:
             model, made = self.plan.model, {}
             if model is not None:
+                each = self.counts.each(dtype)
                 made = numbers_of_each(model, self.of(OPTIMIZER, dtype), each)
             self._numbers_of_each[dtype] = made
-        made = self._numbers_of_each[dtype]
-        return {"t": each.scalars[index]} | {k: x[index] for k, x in made.items()}
+        return self._numbers_of_each[dtype]
 
     def for_variable(self, v: TrainedVariable, owner: int = OPTIMIZER) -> dict:
         """As `of`, with what is of one variable: learning rate, decay and count."""
@@ -308,7 +327,7 @@ class Arguments:
         return self.of(owner, dtype) | {
             "learning_rate": self._learning_rate(v),
             "weight_decay": decay,
-            **(self.counted(dtype, v.index) if owner == OPTIMIZER else {}),
+            **(self.counted(v, v.index) if owner == OPTIMIZER else {}),
         }
 
 

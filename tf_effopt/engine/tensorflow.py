@@ -21,7 +21,7 @@ from tf_effopt.engine import is_sparse, private_names, reduction, stages
 from tf_effopt.engine.base import Engine
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.matrices import Share
-from tf_effopt.engine.plan import OPTIMIZER, Plan, Scalars, TrainedVariable
+from tf_effopt.engine.plan import OPTIMIZER, Arguments, Plan, Scalars, TrainedVariable
 from tf_effopt.engine.sparse import Rows
 from tf_effopt.engine.watching import watchers
 from tf_effopt.paths import path_of, shape_of
@@ -491,12 +491,14 @@ class Program:
         compiles = self.engine.compiles_on(self.device, self.variables, self.state)
         options = {"jit_compile": True} if compiles else {}
         self.run_function = tf.function(self._run, autograph=False, **options)
+        self.eager_function = tf.function(self._run_eagerly, autograph=False)
         self.measure_function = tf.function(self._measure, autograph=False, **options)
         self.share_function = tf.function(
             self._matrix_share, autograph=False, **options
         )
         for function in (
             self.run_function,
+            self.eager_function,
             self.measure_function,
             self.share_function,
         ):
@@ -511,12 +513,47 @@ class Program:
         matrix_steps: dict | None,
     ) -> stages.Outcome:
         """Updates the variables."""
+        run = self.run_function
         with tf.device(self.device):
-            return stages.Outcome(
-                *self.run_function(
-                    self._own(gradients), _plain(scalars), totals, matrix_steps
-                )
-            )
+            if tf.executing_eagerly() and self._dtypes_of_each():
+                run = self.eager_function
+            else:
+                scalars = self._with_numbers_of_each(scalars)
+            found = run(self._own(gradients), _plain(scalars), totals, matrix_steps)
+        return stages.Outcome(*found)
+
+    def _dtypes_of_each(self) -> set[str]:
+        """Of the numbers that follow from each variable's count."""
+        model = self.engine.plan.model
+        if not self.engine.counts_each or model is None or not model.each_count:
+            return set()
+        return {v.compute_dtype for v in self.variables}
+
+    def _with_numbers_of_each(self, scalars: Scalars) -> Scalars:
+        """With these numbers as scalars, made outside of the compiled program.
+
+        In it they would be slices of vectors, and XLA, which compiles the update of
+        variables of one shape once, would compile one for each slice.
+        """
+        dtypes = self._dtypes_of_each()
+        if not dtypes:
+            return scalars
+        plan = self.engine.plan
+        t = Inputs(plan, [], [], [], scalars).t
+        arguments = Arguments(plan, scalars, t)
+        of_each = {dtype: arguments.of_each(dtype) for dtype in sorted(dtypes)}
+        return dataclasses.replace(scalars, of_each=of_each)
+
+    def _run_eagerly(
+        self,
+        gradients: list[Any],
+        scalars: tuple,
+        totals: dict | None,
+        matrix_steps: dict | None,
+    ) -> tuple:
+        # As in a graph: passing so many scalars from Python takes long.
+        scalars = self._with_numbers_of_each(Scalars(*scalars))
+        return self.run_function(gradients, _plain(scalars), totals, matrix_steps)
 
     def matrix_share(
         self, gradients: list[Any], scalars: Scalars, totals: dict | None
@@ -601,6 +638,7 @@ def _plain(scalars: Scalars) -> tuple:
         scalars.pairs,
         scalars.model,
         scalars.missed,
+        scalars.of_each,
     )
 
 

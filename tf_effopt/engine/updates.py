@@ -163,7 +163,7 @@ def _rule_of_each(
 ) -> tuple[Any, dict]:
     """What the rule makes of each member of a stack, as stacks."""
 
-    counted = [arguments.counted(v.compute_dtype, i) for i in v.members]
+    counted = [arguments.counted(v, i) for i in v.members]
     counted = {k: ops.stack([own[k] for own in counted]) for k in counted[0]}
 
     def rule(tensors: tuple) -> tuple[Any, dict]:

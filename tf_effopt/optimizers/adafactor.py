@@ -12,7 +12,7 @@ from keras import ops
 from tf_effopt.base import Optimizer
 from tf_effopt.hyperparameters import Negative, Positive, Switch
 from tf_effopt.linalg import root_mean_square
-from tf_effopt.rules import Part, Slot, Slots
+from tf_effopt.rules import ModelRule, Part, Slot, Slots
 
 
 def factored_moment(q, slots, beta, axes):
@@ -38,14 +38,28 @@ def factored_moment(q, slots, beta, axes):
     return (row_factor, column_factor), {"r": r, "c": c}
 
 
+def adafactor_schedule(sums, slots, *, t, beta_2_decay):
+    """Returns the numbers of the paper that depend on the update.
+
+    Args:
+        t: scalar or vector, the numbers of updates, from 1.
+        beta_2_decay: scalar below 0.
+
+    Returns:
+        `(numbers, slots)`, of each tensor by its count: `beta`, the share of the second
+        moment that is kept; `most`, the largest relative step; no slots.
+    """
+    return {"beta": 1 - t**beta_2_decay, "most": t**-0.5}, {}
+
+
 def adafactor_rule(
     g,
     slots,
     *,
-    t,
+    beta,
+    most,
     w,
     learning_rate,
-    beta_2_decay,
     epsilon_1,
     epsilon_2,
     clip_threshold,
@@ -58,12 +72,10 @@ def adafactor_rule(
         g: gradient, of any shape `S`.
         slots: `r` and `c`, see `factored_moment`; or `v`, of shape `S`,
             where nothing is factored.
-        t: scalar, the number of this update, from 1.
+        beta, most: scalars, see `adafactor_schedule`.
         w: the weight, of shape `S`.
         learning_rate: scalar, the largest relative step: the share of its root
             mean square that the weight moves.
-        beta_2_decay: scalar below 0: `1 - t**beta_2_decay` of the second moment
-            is kept.
         epsilon_1: in the units of `g**2`.
         epsilon_2: in the weight's units: the least that counts as its size.
         clip_threshold: largest root mean square of the step before scaling.
@@ -73,9 +85,8 @@ def adafactor_rule(
     Returns:
         `(delta, slots)`: what to add to the weight, and the next slots.
     """
-    rho = ops.minimum(learning_rate, t**-0.5) if is_relative else learning_rate
+    rho = ops.minimum(learning_rate, most) if is_relative else learning_rate
     alpha = ops.maximum(epsilon_2, root_mean_square(w)) * rho
-    beta = 1 - t**beta_2_decay
     q = ops.square(g) + epsilon_1
     if axes:
         (row_factor, column_factor), slots = factored_moment(q, slots, beta, axes)
@@ -146,6 +157,7 @@ class Adafactor(Optimizer):
     2.7
     """
 
+    model_rule = ModelRule(adafactor_schedule, each_count=True)
     elementwise = False
     beta_2_decay = Negative()
     epsilon_1 = Positive()

@@ -9,12 +9,26 @@ from keras import ops
 
 from tf_effopt.base import Optimizer
 from tf_effopt.hyperparameters import DecayRate, Positive, Switch
-from tf_effopt.rules import Slots
+from tf_effopt.rules import ModelRule, Slots
 
 
-def adam_rule(
-    g, slots, *, t, learning_rate, beta_1, beta_2, epsilon, amsgrad, bias_correction
-):
+def adam_correction(sums, slots, *, t, beta_1, beta_2, bias_correction):
+    """Returns what makes up for moments that start at 0.
+
+    Args:
+        t: scalar or vector, the numbers of updates, from 1.
+        beta_1, beta_2: share of the moments kept per update, in [0, 1).
+        bias_correction: whether to make up for it.
+
+    Returns:
+        `(numbers, slots)`: `correction`, of each tensor by its count; no slots.
+    """
+    if not bias_correction:
+        return {"correction": 1 + 0 * t}, {}
+    return {"correction": ops.sqrt(1 - beta_2**t) / (1 - beta_1**t)}, {}
+
+
+def adam_rule(g, slots, *, correction, learning_rate, beta_1, beta_2, epsilon, amsgrad):
     """Returns Adam's change to one tensor, and its next moments.
 
     Args:
@@ -22,13 +36,12 @@ def adam_rule(
         slots: tensors of shape `S`: `m`, the decayed mean of `g`, in its
             units; `v`, the decayed mean of `g**2`, in their square; with
             `amsgrad` also `v_hat`, the largest `v` so far.
-        t: scalar, the number of this update, from 1.
+        correction: scalar, see `adam_correction`.
         learning_rate: scalar, in the weight's units: about the most a
             coordinate moves in one update (§2.1 of the paper).
         beta_1, beta_2: share of `m` and of `v` kept per update, in [0, 1).
         epsilon: above 0, in the units of `g`.
         amsgrad: whether the denominator may never shrink.
-        bias_correction: whether to make up for moments that start at 0.
 
     Returns:
         `(delta, slots)`: what to add to the weight, and the next slots.
@@ -38,9 +51,7 @@ def adam_rule(
     new_slots = {"m": m, "v": v}
     if amsgrad:
         v = new_slots["v_hat"] = ops.maximum(slots["v_hat"], v)
-    alpha = learning_rate
-    if bias_correction:
-        alpha = learning_rate * ops.sqrt(1 - beta_2**t) / (1 - beta_1**t)
+    alpha = learning_rate * correction
     return -alpha * m / (ops.sqrt(v) + epsilon), new_slots
 
 
@@ -89,6 +100,7 @@ class Adam(Optimizer):
     """
 
     rule = staticmethod(adam_rule)
+    model_rule = ModelRule(adam_correction, each_count=True)
     beta_1 = DecayRate()
     beta_2 = DecayRate()
     epsilon = Positive()

@@ -12,14 +12,29 @@ from tf_effopt.base import Optimizer
 from tf_effopt.hyperparameters import DecayRate, Patterns, Positive
 from tf_effopt.linalg import trust_ratio
 from tf_effopt.paths import matches
-from tf_effopt.rules import Part, Slots
+from tf_effopt.rules import ModelRule, Part, Slots
+
+
+def biases(sums, slots, *, t, beta_1, beta_2):
+    """Returns the share of a mean of gradients in a moment that started at 0.
+
+    Args:
+        t: scalar or vector, the numbers of updates, from 1.
+        beta_1, beta_2: share of the moments kept per update, in [0, 1).
+
+    Returns:
+        `(numbers, slots)`: `bias_1` and `bias_2`, of each tensor by its count; no
+        slots.
+    """
+    return {"bias_1": 1 - beta_1**t, "bias_2": 1 - beta_2**t}, {}
 
 
 def lamb_rule(
     g,
     slots,
     *,
-    t,
+    bias_1,
+    bias_2,
     w,
     learning_rate,
     beta_1,
@@ -34,7 +49,7 @@ def lamb_rule(
         g: gradient, of any shape `S`.
         slots: tensors of shape `S`: `m`, the decayed mean of `g`; `v`, that of
             `g**2`.
-        t: scalar, the number of this update, from 1.
+        bias_1, bias_2: scalars, see `biases`.
         w: the weight, of shape `S`.
         learning_rate: scalar: about the share of the weight's norm that it
             moves in one update.
@@ -48,8 +63,8 @@ def lamb_rule(
     """
     m = beta_1 * slots["m"] + (1 - beta_1) * g
     v = beta_2 * slots["v"] + (1 - beta_2) * ops.square(g)
-    m_hat = m / (1 - beta_1**t)
-    v_hat = v / (1 - beta_2**t)
+    m_hat = m / bias_1
+    v_hat = v / bias_2
     r = m_hat / (ops.sqrt(v_hat) + epsilon) + weight_decay * w
     phi = trust_ratio(w, r) if adapts else 1
     return -learning_rate * phi * r, {"m": m, "v": v}
@@ -102,6 +117,7 @@ class Lamb(Optimizer):
     beta_2 = DecayRate()
     epsilon = Positive()
     exclude_from_adaptation = Patterns()
+    model_rule = ModelRule(biases, each_count=True)
     adapted = Part(lamb_rule, slots, settings={"adapts": True}, name="lamb")
     excluded = Part(lamb_rule, slots, settings={"adapts": False}, name="adam")
 

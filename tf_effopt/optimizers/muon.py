@@ -24,9 +24,9 @@ from tf_effopt.hyperparameters import (
 )
 from tf_effopt.layer_roles import EMBEDDING, HIDDEN, Roles, role_by_path
 from tf_effopt.linalg import orthogonalized
-from tf_effopt.optimizers.adam import adam_rule
+from tf_effopt.optimizers.adam import adam_correction, adam_rule
 from tf_effopt.paths import matches
-from tf_effopt.rules import Part, Slots
+from tf_effopt.rules import ModelRule, Part, Slots
 
 # Amsel et al., 2025, https://arxiv.org/abs/2505.16932: the best quintics, one
 # after the other, for singular values down to 0.001 of the norm.
@@ -87,20 +87,34 @@ def muon_rule(
     return -learning_rate * o, {"m": m}
 
 
+def inner_adam_correction(sums, slots, *, t, adam_beta_1, adam_beta_2):
+    """Returns `adam_correction` of the tensors that aren't hidden matrices."""
+    return adam_correction(
+        sums, slots, t=t, beta_1=adam_beta_1, beta_2=adam_beta_2, bias_correction=True
+    )
+
+
 def inner_adam_rule(
-    g, slots, *, t, learning_rate, adam_beta_1, adam_beta_2, epsilon, adam_lr_ratio
+    g,
+    slots,
+    *,
+    correction,
+    learning_rate,
+    adam_beta_1,
+    adam_beta_2,
+    epsilon,
+    adam_lr_ratio,
 ):
     """Returns `adam_rule`'s step of the tensors that aren't hidden matrices."""
     return adam_rule(
         g,
         slots,
-        t=t,
+        correction=correction,
         learning_rate=adam_lr_ratio * learning_rate,
         beta_1=adam_beta_1,
         beta_2=adam_beta_2,
         epsilon=epsilon,
         amsgrad=False,
-        bias_correction=True,
     )
 
 
@@ -187,6 +201,7 @@ class Muon(Optimizer):
     """
 
     elementwise = False
+    model_rule = ModelRule(inner_adam_correction, each_count=True)
     adam_beta_1 = DecayRate()
     adam_beta_2 = DecayRate()
     adam_weight_decay = NonNegative(optional=True)

@@ -25,43 +25,44 @@ BERNOULLI_RATIOS = (
 )
 
 
-def radam_rectification(sums, slots, *, t, beta_2):
-    """Returns the paper's `rho_t`, and `r_t`, or 0 for that if `rho_t` is below 5.
+def radam_rectification(sums, slots, *, t, beta_1, beta_2):
+    """Returns how a step of Adam is corrected, and by how much it is adaptive.
 
     Args:
         t: scalar or vector, the numbers of updates, from 1.
-        beta_2: share of the second moment kept per update, in [0, 1).
+        beta_1, beta_2: share of the moments kept per update, in [0, 1).
 
     Returns:
-        `(numbers, slots)`: `rho` and `r`, of each tensor by its count; no slots.
+        `(numbers, slots)`, of each tensor by its count: `bias`, the share of a mean of
+        gradients in `m`; `r`, the paper's `r_t` times the root of that in `v`, or 0 if
+        its `rho_t` is below 5; no slots.
     """
     rho_inf = 1 + 2 * beta_2 / (1 - beta_2)
     rho = average_length(beta_2, t)
     r = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
-    return {"rho": rho, "r": ops.sqrt(ops.where(rho >= 5, r, 0 * r))}, {}
+    r = ops.sqrt(ops.where(rho >= 5, r, 0 * r) * (1 - beta_2**t))
+    return {"bias": 1 - beta_1**t, "r": r}, {}
 
 
-def radam_rule(g, slots, *, t, learning_rate, beta_1, beta_2, epsilon, rho, r):
+def radam_rule(g, slots, *, learning_rate, beta_1, beta_2, epsilon, bias, r):
     """Returns RAdam's change to one tensor, and its next moments.
 
     Args:
         g: gradient, of any shape `S`.
         slots: tensors of shape `S`: `m`, the decayed mean of `g`; `v`, that of
             `g**2`.
-        t: scalar, the number of this update, from 1.
         learning_rate: scalar.
         beta_1, beta_2: share of `m` and of `v` kept per update, in [0, 1).
         epsilon: above 0, in the units of `g`.
-        rho, r: see `radam_rectification`.
+        bias, r: scalars, see `radam_rectification`.
 
     Returns:
         `(delta, slots)`: what to add to the weight, and the next slots.
     """
     m = beta_1 * slots["m"] + (1 - beta_1) * g
     v = beta_2 * slots["v"] + (1 - beta_2) * ops.square(g)
-    m_hat = m / (1 - beta_1**t)
-    l = ops.sqrt(1 - beta_2**t) / (ops.sqrt(v) + epsilon)
-    step = m_hat * ops.where(rho >= 5, r * l, 1 + 0 * l)
+    scale = r / (ops.sqrt(v) + epsilon)
+    step = m / bias * ops.where(r > 0, scale, 1 + 0 * scale)
     return -learning_rate * step, {"m": m, "v": v}
 
 

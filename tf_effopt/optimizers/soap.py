@@ -23,14 +23,32 @@ from tf_effopt.linalg import (
     together,
     unfolded,
 )
-from tf_effopt.rules import Part, Slot, Slots
+from tf_effopt.rules import ModelRule, Part, Slot, Slots
+
+
+def soap_correction(sums, slots, *, t, beta_1, beta_2):
+    """Returns Adam's correction: the first update only makes the bases.
+
+    Args:
+        t: scalar or vector, the numbers of updates, from 1; Adam counts from the
+            second.
+        beta_1, beta_2: share of the moments kept per update, in [0, 1).
+
+    Returns:
+        `(numbers, slots)`, of each tensor by its count: `moves`, 1, but 0 at the first
+        update; `correction`; no slots.
+    """
+    n = ops.maximum(t - 1, 1 + 0 * t)
+    correction = ops.sqrt(1 - beta_2**n) / (1 - beta_1**n)
+    return {"moves": ops.where(t > 1, 1 + 0 * t, 0 * t), "correction": correction}, {}
 
 
 def soap_rule(
     g,
     slots,
     *,
-    t,
+    moves,
+    correction,
     w,
     learning_rate,
     beta_1,
@@ -48,7 +66,7 @@ def soap_rule(
             of the square of `g` in terms of the bases; for each k of `axes`:
             `Lk`, the decayed mean of the products of `g`'s slices along the axis,
             and `Qk`, a basis of it, near the eigenvectors of `Lk`.
-        t: scalar, the number of this update, from 1.
+        moves, correction: scalars, see `soap_correction`.
         w: the weight, of shape `S`.
         learning_rate: scalar, in the weight's units: about the most a
             coordinate, in terms of the bases, moves in one update.
@@ -63,14 +81,11 @@ def soap_rule(
     """
     beta = beta_2 if shampoo_beta is None else shampoo_beta
     Q = [slots[f"Q{k}"] if k in axes else None for k in range(len(g.shape))]
-    # The first update only makes the bases; Adam counts from the second.
-    one = ops.where(t > 1, 1 + 0 * t, 0 * t)
-    n = ops.maximum(t - 1, 1 + 0 * t)
-    m = beta_1 * slots["m"] + (1 - beta_1) * one * g
-    v = beta_2 * slots["v"] + (1 - beta_2) * squares(rotated(one * g, Q), axes)
-    eta = learning_rate * ops.sqrt(1 - beta_2**n) / (1 - beta_1**n)
+    m = beta_1 * slots["m"] + (1 - beta_1) * moves * g
+    v = beta_2 * slots["v"] + (1 - beta_2) * squares(rotated(moves * g, Q), axes)
+    eta = learning_rate * correction
     step = -eta * rotated(rotated(m, Q) / (ops.sqrt(v) + epsilon), Q, back=True)
-    delta = step - one * learning_rate * weight_decay * (w + step)
+    delta = step - moves * learning_rate * weight_decay * (w + step)
     new_slots = {"m": m, "v": v}
     for k in axes:
         new_slots[f"L{k}"] = beta * slots[f"L{k}"] + (1 - beta) * gram(unfolded(g, k))
@@ -199,6 +214,7 @@ class SOAP(Optimizer):
     """
 
     upkeep = staticmethod(soap_upkeep)
+    model_rule = ModelRule(soap_correction, each_count=True)
     elementwise = False
     weight_decay = NonNegative()
     beta_1 = DecayRate()

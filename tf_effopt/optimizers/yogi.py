@@ -9,22 +9,22 @@ from keras import ops
 
 from tf_effopt.base import Optimizer
 from tf_effopt.hyperparameters import DecayRate, Positive, Switch
-from tf_effopt.rules import Slot, Slots
+from tf_effopt.optimizers.adam import adam_correction
+from tf_effopt.rules import ModelRule, Slot, Slots
 
 
-def yogi_rule(g, slots, *, t, learning_rate, beta_1, beta_2, epsilon, bias_correction):
+def yogi_rule(g, slots, *, correction, learning_rate, beta_1, beta_2, epsilon):
     """Returns Yogi's change to one tensor, and its next moments.
 
     Args:
         g: gradient, of any shape `S`.
         slots: tensors of shape `S`: `m`, the decayed mean of `g`; `v`, which moves
             towards `g**2` by a share of `g**2`, in its units.
-        t: scalar, the number of this update, from 1.
+        correction: scalar, see `adam_correction`.
         learning_rate: scalar.
         beta_1: share of `m` kept per update, in [0, 1).
         beta_2: 1 less the share of `g**2` by which `v` moves, in [0, 1).
         epsilon: above 0, in the units of `g`.
-        bias_correction: whether to make up for early moments.
 
     Returns:
         `(delta, slots)`: what to add to the weight, and the next slots.
@@ -32,9 +32,7 @@ def yogi_rule(g, slots, *, t, learning_rate, beta_1, beta_2, epsilon, bias_corre
     m = beta_1 * slots["m"] + (1 - beta_1) * g
     g2 = ops.square(g)
     v = slots["v"] - (1 - beta_2) * ops.sign(slots["v"] - g2) * g2
-    eta = learning_rate
-    if bias_correction:
-        eta = learning_rate * ops.sqrt(1 - beta_2**t) / (1 - beta_1**t)
+    eta = learning_rate * correction
     return -eta * m / (ops.sqrt(v) + epsilon), {"m": m, "v": v}
 
 
@@ -86,6 +84,7 @@ class Yogi(Optimizer):
     """
 
     rule = staticmethod(yogi_rule)
+    model_rule = ModelRule(adam_correction, each_count=True)
     beta_1 = DecayRate()
     beta_2 = DecayRate()
     epsilon = Positive()
