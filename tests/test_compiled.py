@@ -22,10 +22,10 @@ OPTIONS = {
 SHAPES = [(64, 32), (32,), ()]
 
 
-def built(case, **options):
+def built(case, shapes=SHAPES, **options):
     rng = np.random.default_rng(0)
-    variables = [keras.Variable(rng.normal(size=s), dtype="float32") for s in SHAPES]
-    gradients = [tf.constant(rng.normal(size=s).astype("float32")) for s in SHAPES]
+    variables = [keras.Variable(rng.normal(size=s), dtype="float32") for s in shapes]
+    gradients = [tf.constant(rng.normal(size=s).astype("float32")) for s in shapes]
     optimizer = case.make(**options)
     optimizer.build(variables)
     return optimizer, gradients
@@ -46,22 +46,50 @@ def arguments(optimizer, gradients):
 def test_a_step_is_one_compiled_program(case, options):
     optimizer, gradients = built(case, **options)
     step = tf.function(lambda: optimizer.apply(gradients))
-    operations = step.get_concrete_function().graph.get_operations()
-    calls = [op for op in operations if "PartitionedCall" in op.type]
+    calls, outside = operations_of(step)
     assert [op.get_attr("_XlaMustCompile") for op in calls] == [True]
     # What is left outside counts steps, and reads and writes single numbers.
-    outside = [op.type for op in operations if op not in calls]
     model_slots = [x for own in optimizer._engine.model_state.values() for x in own]
     assert outside.count("AssignVariableOp") == len(model_slots)
-    assert set(outside) - {"AssignVariableOp"} <= {
-        "AssignAddVariableOp",
-        "Cast",
-        "Const",
-        "LogicalNot",
-        "NoOp",
-        "Placeholder",
-        "ReadVariableOp",
-    }
+    others = (
+        set(outside)
+        - {"AssignVariableOp"}
+        - {
+            "AssignAddVariableOp",
+            "Cast",
+            "Const",
+            "LogicalNot",
+            "NoOp",
+            "Placeholder",
+            "ReadVariableOp",
+        }
+    )
+    # Or it makes numbers of the counts of all variables, as vectors.
+    assert ("Unpack" in others) == follows_counts(optimizer)
+    assert follows_counts(optimizer) or not others
+
+
+def operations_of(step):
+    operations = step.get_concrete_function().graph.get_operations()
+    calls = [op for op in operations if "PartitionedCall" in op.type]
+    return calls, [op.type for op in operations if op not in calls]
+
+
+def follows_counts(optimizer) -> bool:
+    return getattr(optimizer.model_rule, "each_count", False)
+
+
+WITH_COUNTS = [case for case in CASES if follows_counts(case.make())]
+
+
+@pytest.mark.parametrize("case", WITH_COUNTS, ids=by_name)
+def test_numbers_of_each_variable_are_made_together(case):
+    def made(shapes):
+        optimizer, gradients = built(case, shapes)
+        _, outside = operations_of(tf.function(lambda: optimizer.apply(gradients)))
+        return [x for x in outside if x not in ("Const", "Placeholder")]
+
+    assert made(SHAPES) == made(SHAPES * 3)
 
 
 @pytest.mark.representatives(*KINDS)
