@@ -183,6 +183,7 @@ def test_library_has_the_rule_of_each_trace():
     assert library_traces() == TRACE_NAMES
 
 
+@pytest.mark.slow  # It runs every trace.
 def test_certificates_are_those_of_the_traces():
     """The committed table has the rows of today, and figures that still hold."""
     text = (FOLDER / "CERTIFICATES.md").read_text()

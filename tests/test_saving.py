@@ -112,6 +112,7 @@ def test_model_from_keras_file_is_as_it_was_saved(case, our_run):
     assert_identical(model, run.halfway)
 
 
+@pytest.mark.representatives(*(f"*-{name}" for name in KINDS))
 @every_case
 @pytest.mark.parametrize("extension", [".weights.h5", ".keras"])
 def test_weights_from_file_continue_bit_identically(case, extension, our_run):

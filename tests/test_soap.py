@@ -111,6 +111,7 @@ def test_bases_stay_orthonormal_and_find_the_eigenvectors():
     assert np.all(values[1:] < 1.1 * values[:-1])
 
 
+@pytest.mark.representatives("rank_one", "overflow")
 @pytest.mark.parametrize(
     "gs",
     [
