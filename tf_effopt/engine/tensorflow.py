@@ -248,8 +248,17 @@ class TensorFlowEngine(Engine):
             tf.convert_to_tensor(optimizer.learning_rate),
             tf.convert_to_tensor(self._pairs),
             _map(tf.convert_to_tensor, _map(_local, self.model_state)),
-            None if self._missed is None else tf.convert_to_tensor(self._missed),
+            None if self._counts_agree() else tf.convert_to_tensor(self._missed),
         )
+
+    def _counts_agree(self) -> bool:
+        """Whether no variable missed an update, now and whenever this trace runs."""
+        if self._missed is None:
+            return True
+        local = _local(self._missed)
+        # Elsewhere the read would wait for the device.
+        is_near = tf.DeviceSpec.from_string(local.device).device_type == "CPU"
+        return tf.executing_eagerly() and is_near and not local.numpy().any()
 
     def number_now(self, name: str) -> Any:
         row = list(self.plan.numbers).index((OPTIMIZER, name))
@@ -515,17 +524,17 @@ class Program:
         """Updates the variables."""
         run = self.run_function
         with tf.device(self.device):
-            if tf.executing_eagerly() and self._dtypes_of_each():
+            if tf.executing_eagerly() and self._dtypes_of_each(scalars):
                 run = self.eager_function
             else:
                 scalars = self._with_numbers_of_each(scalars)
             found = run(self._own(gradients), _plain(scalars), totals, matrix_steps)
         return stages.Outcome(*found)
 
-    def _dtypes_of_each(self) -> set[str]:
+    def _dtypes_of_each(self, scalars: Scalars) -> set[str]:
         """Of the numbers that follow from each variable's count."""
         model = self.engine.plan.model
-        if not self.engine.counts_each or model is None or not model.each_count:
+        if scalars.missed is None or model is None or not model.each_count:
             return set()
         return {v.compute_dtype for v in self.variables}
 
@@ -535,7 +544,7 @@ class Program:
         In it they would be slices of vectors, and XLA, which compiles the update of
         variables of one shape once, would compile one for each slice.
         """
-        dtypes = self._dtypes_of_each()
+        dtypes = self._dtypes_of_each(scalars)
         if not dtypes:
             return scalars
         plan = self.engine.plan
