@@ -540,6 +540,18 @@ def test_a_custom_rule_that_takes_what_nothing_provides():
         Custom().apply([tf.ones(1)], [variable(1.0)])
 
 
+def test_a_number_that_no_model_rule_returns_is_named():
+    def rule(g, slots, *, learning_rate, correcton):
+        return -learning_rate * correcton * g, slots
+
+    class Custom(tf_effopt.Adam):
+        pass
+
+    Custom.rule = staticmethod(rule)
+    with pytest.raises(TypeError, match="takes `correcton`, which nothing provides"):
+        Custom().apply([tf.ones(1)], [variable(1.0)])
+
+
 @pytest.mark.parametrize(
     "make", [lambda: SGD(use_ema=True), tf_effopt.Prodigy, tf_effopt.ScheduleFreeAdamW]
 )

@@ -107,17 +107,10 @@ def assert_near(model: keras.Model, expected: list[np.ndarray]) -> None:
         np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
 
 
-SLOW = {("dump", "fit"), ("dump", "function"), ("profiler", "eager")}
-
-
-@pytest.mark.representatives("check_numerics-*", "*-eager")
-@pytest.mark.parametrize(
-    ("tool", "way"),
-    [
-        pytest.param(*both, marks=pytest.mark.slow) if both in SLOW else both
-        for both in itertools.product(TOOLS, WAYS)
-    ],
+@pytest.mark.representatives(
+    "check_numerics-*", "dump-eager", "eagerly-*", "profiler-fit", "profiler-function"
 )
+@pytest.mark.parametrize(("tool", "way"), itertools.product(TOOLS, WAYS))
 def test_a_tool_changes_no_training(tool, way, expected, tmp_path, caplog):
     """On before the first step, off, then on again after it."""
     model = cases.compiled_model(optimizer())

@@ -247,7 +247,7 @@ REFUSED = {
 def what_is_said_of(
     calls: list[str], before: str = "", **environment: str
 ) -> list[str]:
-    """The errors of `tf_effopt.distribute.strategy`, called in a process of its own."""
+    """The errors of `tf_effopt.distribute.strategy`, called in a separate process."""
     code = before + "\nimport json\nsaid = []\n"
     for call in calls:
         code += f"""

@@ -93,6 +93,7 @@ def runs(chosen: str) -> list[tuple]:
                 for name, options in OPTIONS.items()
                 if name != "all_at_once"
             ]
+    assert set(FEW) <= {name for name, _, _ in made}
     return [run for run in made if (run[0] in FEW) == (chosen == "few")]
 
 

@@ -93,9 +93,9 @@ class Optimizer(keras.optimizers.Optimizer):
     for a variable that joined later or had no gradient for a while (in a class
     with a `model_rule` without `each_count` it is always that of the model); `w` the
     weight before the step and its decay; `weight_decay` that of this variable, for
-    rules that decay themselves; any other a hyperparameter of the class, or a number that its
-    `model_rule` returns. Numbers come as scalar tensors of the dtype of `g`, the
-    wider of float32 and the weight's.
+    rules that decay themselves; any other a hyperparameter of the class, or a number
+    that its `model_rule` returns. Numbers come as scalar tensors of the dtype of `g`,
+    the wider of float32 and the weight's.
 
     Rules that need more than one tensor at a time set `model_rule`, and
     `elementwise = False` if they look at a whole tensor; classes with several

@@ -160,7 +160,7 @@ def eigenvectors(a: Any) -> Any:
         A stack of matrices, in which each column's largest element is positive,
         and a column that rounding alone would choose, for an eigenvalue 0, is 0.
     """
-    a = of_unit_size(ops.where(ops.isfinite(a), a, ops.zeros_like(a)))
+    a = ops.where(ops.isfinite(a), a, ops.zeros_like(a))
     values, vectors = ops.linalg.eigh(a)
     values, vectors = ops.flip(values, axis=-1), ops.flip(vectors, axis=-1)
     # XLA's eigh stops at 1e-6 of the norm, in float64, too. One step of Ogita &

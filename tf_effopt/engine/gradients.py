@@ -9,7 +9,6 @@ from typing import Any
 
 from keras import ops
 
-from tf_effopt.engine.counts import follows_variables
 from tf_effopt.engine.inputs import Inputs, own_arguments
 from tf_effopt.engine.plan import (
     EVALUATING,
@@ -27,7 +26,7 @@ LARGE = 131072  # elements, at least: of them a TPU has the product sooner than 
 
 def unscaled(inputs: Inputs) -> list[Any]:
     """Stage 3: gradients in the dtype of the arithmetic, loss scaling undone."""
-    arguments = Arguments(inputs.plan, inputs.scalars, inputs.t)
+    arguments = Arguments(inputs.plan, inputs.scalars)
 
     def unscale(v: TrainedVariable, x: Any) -> Any:
         x = ops.cast(x, v.compute_dtype)
@@ -125,7 +124,7 @@ def clipped_gradients(
     plan = inputs.plan
     if plan.clip is None:
         return gradients
-    arguments = Arguments(plan, inputs.scalars, inputs.t)
+    arguments = Arguments(plan, inputs.scalars)
     clipped = []
     for v, g in zip(inputs.variables, gradients, strict=True):
         if g is None:
@@ -165,7 +164,7 @@ class Transformed:
         self.inputs = inputs
         self.gradients = gradients
         self._overflows = overflows
-        self.arguments = Arguments(inputs.plan, inputs.scalars, inputs.t)
+        self.arguments = Arguments(inputs.plan, inputs.scalars)
         self.model = dict(inputs.scalars.model)
         self.skips: Any = False
 
@@ -196,9 +195,8 @@ class Transformed:
     def optimizer_numbers(self) -> tuple[dict[str, Any], dict]:
         """Runs the optimizer's own model rule: its numbers, all next slots."""
         plan, numbers = self.inputs.plan, {}
-        # Those that follow from each variable's count are made elsewhere.
-        are_of_each = self.inputs.scalars.missed is not None and follows_variables(plan)
-        if plan.model is not None and not are_of_each:
+        # Numbers of each variable aren't those of the model: see `Arguments.of_each`.
+        if plan.model is not None and not self.arguments.follows_variables:
             numbers = self._model_numbers(OPTIMIZER, plan.model)
         if plan.evaluation is not None:
             now = self.model[OPTIMIZER]

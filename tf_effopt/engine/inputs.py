@@ -48,7 +48,7 @@ class Inputs:
     @property
     def t(self) -> Any:
         """The number of this update, from 1."""
-        return self.scalars.iterations // self.plan.accumulation_steps + 1
+        return self.plan.update_number(self.scalars.iterations)
 
     def total(self, phase: str, sums: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The sums of a phase over all devices."""

@@ -100,7 +100,7 @@ class LargeGradient:
     def _at_most_limit(self, square: Any) -> Any:
         inputs = self.inputs
         dtype = inputs.scalar_dtype
-        arguments = Arguments(inputs.plan, inputs.scalars, inputs.t)
+        arguments = Arguments(inputs.plan, inputs.scalars)
         limit = arguments.number(OPTIMIZER, inputs.plan.clip, dtype)
         norm = ops.sqrt(ops.cast(square, dtype))
         # XLA may square a constant factor of a gradient apart from it, which makes NaN

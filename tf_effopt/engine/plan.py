@@ -48,7 +48,7 @@ class Bound:
             raise TypeError(
                 f"`{self.function.__name__}` takes `{error.args[0]}`, which nothing "
                 "provides: it is no hyperparameter, and no number that `model_rule` "
-                f"returns. Known here: {', '.join(sorted(arguments))}."
+                "returns."
             ) from None
         return self.function(*tensors, **given, **self.fixed)
 
@@ -197,6 +197,10 @@ class Plan:
         """Whether a transform may skip a step."""
         return any(transform.decides for transform in self.transforms)
 
+    def update_number(self, iterations: Any) -> Any:
+        """The number of the update that comes after so many micro-steps, from 1."""
+        return iterations // self.accumulation_steps + 1
+
     def models(self) -> Iterator[tuple[int, BoundModelRule]]:
         """The rules for the whole model, by owner, in their order."""
         for transform in self.transforms:
@@ -232,10 +236,10 @@ class Scalars:
 class Arguments:
     """What rules may ask for by name in one step, or one branch of it."""
 
-    def __init__(self, plan: Plan, scalars: Scalars, t: Any):
+    def __init__(self, plan: Plan, scalars: Scalars):
         self.plan = plan
         self.scalars = scalars
-        self.t = t
+        self.t = t = plan.update_number(scalars.iterations)
         self.numbers: dict[int, dict[str, Any]] = {}  # owner -> name -> number
         self._cached: dict[tuple[int, str], dict[str, Any]] = {}
         self._zeros: dict[str, Any] = {}
@@ -248,7 +252,7 @@ class Arguments:
     def anew(self) -> Arguments:
         """The same, of which no tensor has been made yet, and without counts."""
         scalars = dataclasses.replace(self.scalars, missed=None, of_each=None)
-        other = Arguments(self.plan, scalars, self.t)
+        other = Arguments(self.plan, scalars)
         other.numbers = self.numbers
         return other
 
@@ -262,7 +266,7 @@ class Arguments:
                 for i, ((whose, name), kind) in enumerate(self.plan.numbers.items())
                 if whose == owner
             }
-            if owner == OPTIMIZER and self._follows_variables:
+            if owner == OPTIMIZER and self.follows_variables:
                 each = self.counts.each(dtype)
                 self._cached[key] |= {
                     name: Decay(x.value, x.complement, each)
@@ -295,12 +299,13 @@ class Arguments:
         return self._rates[key]
 
     @property
-    def _follows_variables(self) -> bool:
+    def follows_variables(self) -> bool:
+        """Whether what follows from a count is that of each variable."""
         return self.counts is not None and follows_variables(self.plan)
 
     def counted(self, v: TrainedVariable, index: int) -> dict[str, Any]:
         """What `v`'s rule receives that follows from the count of one variable."""
-        if not self._follows_variables:
+        if not self.follows_variables:
             return {}
         dtype, names = v.compute_dtype, v.rule.names
         found = {k: x[index] for k, x in self.of_each(dtype).items() if k in names}

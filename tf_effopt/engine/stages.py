@@ -130,7 +130,7 @@ class Prepared:
     def arguments(self, work: Transformed) -> tuple[Arguments, dict]:
         """What the rules may ask for, and the model's next slots."""
         numbers, model = work.optimizer_numbers()
-        arguments = Arguments(self.inputs.plan, self.inputs.scalars, self.inputs.t)
+        arguments = Arguments(self.inputs.plan, self.inputs.scalars)
         arguments.numbers = work.arguments.numbers | {OPTIMIZER: numbers}
         return arguments, model
 

@@ -547,22 +547,14 @@ class Program:
         dtypes = self._dtypes_of_each(scalars)
         if not dtypes:
             return scalars
-        plan = self.engine.plan
-        t = Inputs(plan, [], [], [], scalars).t
-        arguments = Arguments(plan, scalars, t)
+        arguments = Arguments(self.engine.plan, scalars)
         of_each = {dtype: arguments.of_each(dtype) for dtype in sorted(dtypes)}
         return dataclasses.replace(scalars, of_each=of_each)
 
-    def _run_eagerly(
-        self,
-        gradients: list[Any],
-        scalars: tuple,
-        totals: dict | None,
-        matrix_steps: dict | None,
-    ) -> tuple:
+    def _run_eagerly(self, gradients: list[Any], scalars: tuple, *others: Any) -> tuple:
         # As in a graph: passing so many scalars from Python takes long.
         scalars = self._with_numbers_of_each(Scalars(*scalars))
-        return self.run_function(gradients, _plain(scalars), totals, matrix_steps)
+        return self.run_function(gradients, _plain(scalars), *others)
 
     def matrix_share(
         self, gradients: list[Any], scalars: Scalars, totals: dict | None

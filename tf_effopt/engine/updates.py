@@ -64,7 +64,7 @@ def averaged(inputs: Inputs, state: list[dict]) -> list[dict]:
     """Stage 12, of the state after all others."""
     if not inputs.plan.ema:
         return state
-    arguments = Arguments(inputs.plan, inputs.scalars, inputs.t)
+    arguments = Arguments(inputs.plan, inputs.scalars)
     return [
         tensors | _average(inputs, v, tensors, arguments)
         for v, tensors in zip(inputs.variables, state, strict=True)
@@ -179,7 +179,7 @@ def switched(inputs: Inputs, to_evaluation: bool) -> list[Any]:
     """The weights at which to evaluate, or those at which to train."""
     evaluation = inputs.plan.evaluation
     way = evaluation.to_evaluation if to_evaluation else evaluation.to_training
-    arguments = Arguments(inputs.plan, inputs.scalars, inputs.t)
+    arguments = Arguments(inputs.plan, inputs.scalars)
     return [
         precision.store(
             way(
