@@ -49,9 +49,9 @@ def orthogonalized(x: Any, coefficients: list[tuple], margin: float = 1.0) -> An
         x = ops.swapaxes(x, -1, -2)
     # Squares of numbers near 1e18 fit then. The factor isn't a constant, which XLA
     # would square apart from `x`; a power of 2 rounds nothing.
-    x = x * (SHRINK + 0 * x[..., :1, :1])
-    size = ops.sqrt(ops.sum(ops.square(x), axis=(-2, -1), keepdims=True))
-    x = x / ops.maximum(margin * size, 1e-7 * SHRINK + 0 * size)
+    shrunk = x * (SHRINK + 0 * x[..., :1, :1])
+    size = ops.sqrt(ops.sum(ops.square(shrunk), axis=(-2, -1), keepdims=True)) / SHRINK
+    x = x / ops.maximum(margin * size, 1e-7 + 0 * size)
     for a, b, c in coefficients:
         gram = x @ ops.swapaxes(x, -1, -2)
         x = a * x + (b * gram + c * (gram @ gram)) @ x
