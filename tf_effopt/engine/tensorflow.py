@@ -693,7 +693,8 @@ def shape_now(variable: Any) -> tuple[int, ...]:
                 "known, and no value yet. Give it a value before the optimizer is "
                 "built, or make it with its full `shape`."
             )
-        return tuple(tf.raw_ops.VariableShape(input=local.handle).numpy().tolist())
+        # `VariableShape` of TensorFlow 2.20 answers -1 for an unknown dimension.
+        return tuple(local.read_value().shape)
 
 
 def _map(function: Callable, tensors: dict) -> dict:
