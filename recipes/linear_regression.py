@@ -10,15 +10,15 @@ rules, as an article prints them, show how a rule is added, and why these two
 don't train: see `recipes/article.md`. It writes loss.png, questions.png and
 metrics.json.
 
-Measured on 2 cores of an AMD EPYC, Python 3.11, TensorFlow 2.21, Keras 3.15.1,
-NumPy 2.4.6; seed 0, n = 1: 23 s.
+Measured on 2 cores of a shared Intel Xeon, Python 3.11, TensorFlow 2.21, Keras
+3.15.1, NumPy 2.4.6; seed 0, n = 1: 76 s with other work on the machine.
 
 - Largest difference from NumPy at any of 240 steps: 2.3e-7 in float32, with
   `--dtype float64` 3.6e-15.
 - The learning rate decides: for gradient descent 0.22 to 0.46 comes within twice
   the least-squares loss of 0.0095, 0.1 is too slow, 1.0 (in theory the limit) too
-  much. A range test of 300 batches suggests 0.41 (final loss 0.0099), for SGD 0.12
-  (0.0165), for Adam 0.52 (0.0120), for RMSprop 0.028 (0.0100).
+  much. A range test of 300 batches suggests 0.38 (final loss 0.0101), for SGD 0.11
+  (0.0183), for Adam 0.34 (0.0117), for RMSprop 0.032 (0.0099).
 - To within 25 % of the least-squares loss, at each one's fastest rate: gradient
   descent 117 steps and 59,904 rows read, SGD 204 steps and 6,528 rows.
 - The same for Adam: 62 steps against SGD's 204 where the curvatures differ by 100;
@@ -323,18 +323,15 @@ class Trainer:
             own.append(θ)
         return np.array(own)
 
-    def range_test(self, config: Config) -> LearningRateRangeTest:
+    def range_test(self) -> LearningRateRangeTest:
         """The learning-rate range test, on the start's weights."""
         self.run(0, self.entry.learning_rate)
         # Full batches have no noise: above its limit, gradient descent starts to
         # diverge from rounding errors, which takes steps to show. 50 a decade do.
         test = LearningRateRangeTest(1e-4, 100.0, steps=300)
-        epoch = -(-config.examples // self.batch_size)
         self.model.fit(
-            self.problem.X,
-            self.problem.y,
-            batch_size=self.batch_size,
-            epochs=-(-test.steps // epoch),
+            self.batches(test.steps),
+            steps_per_epoch=test.steps,
             callbacks=[test],
             verbose=0,
         )
@@ -342,7 +339,7 @@ class Trainer:
 
     def batches(self, steps: int) -> Iterator[tuple]:
         batches = self.problem.batches(self.batch_size, self.seed)
-        return itertools.islice(batches, steps)
+        yield from itertools.islice(batches, steps)  # `fit` takes generators only
 
     def theta(self) -> np.ndarray:
         return self.model.get_weights()[0].astype("float64")
@@ -432,7 +429,7 @@ def answers(
 
 
 def _range_test_result(trainer: Trainer, config: Config) -> dict[str, Any]:
-    test = trainer.range_test(config)
+    test = trainer.range_test()
     path = trainer.run(config.steps, test.suggestion)
     return {
         "learning_rates": test.learning_rates,

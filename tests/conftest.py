@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
-import time
+import resource
+import sys
 from typing import Any
 
 import pytest
 
 # The longest first, so that no process waits at the end.
 LONGEST = ("test_ways", "test_precision", "test_mirrored", "test_transforms")
-SECONDS_OF_A_PROCESS = 150
+# Files whose tests fill more than one process: those of each optimizer go together.
+DIVIDED = ("test_adversarial",)
+GIGABYTES_OF_A_PROCESS = 3
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
@@ -31,21 +34,34 @@ def _is_among(item: pytest.Item, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(item.callspec.id, p) for p in patterns)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Any:
+    report = yield
+    unit = 1 if sys.platform == "darwin" else 1024
+    report.bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return report
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadFileScheduling
 
     class FreshProcesses(LoadFileScheduling):
-        """Files to processes; one that has run for long gets its last file.
+        """Files to processes; one that has grown large gets its last file.
 
-        XLA's programs stay in their process, with 3 memory mappings for each
-        function: at Linux's limit of 65,530 the next one is a segmentation
-        fault, and until then they take gigabytes.
+        XLA's programs stay in their process: gigabytes, and 3 memory mappings for
+        each function, of which Linux allows 65,530.
         """
 
         def __init__(self, *arguments: Any):
             super().__init__(*arguments)
-            self.started: dict[Any, float] = {}
+            self.bytes: dict[Any, int] = {}
+
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            if file.endswith(tuple(f"{name}.py" for name in DIVIDED)):
+                return nodeid.split("-")[0]  # up to the first of its parameters
+            return file
 
         def _reschedule(self, node: Any) -> None:
             if node in self.registered_collections:  # else it's still starting
@@ -53,8 +69,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
         def _assign_work_unit(self, node: Any) -> None:
             super()._assign_work_unit(node)
-            age = time.monotonic() - self.started.setdefault(node, time.monotonic())
-            if age > SECONDS_OF_A_PROCESS and self.workqueue:
+            is_large = self.bytes.get(node, 0) > GIGABYTES_OF_A_PROCESS * 1e9
+            if is_large and self.workqueue:
                 node.shutdown()  # after this file
 
     if config.getoption("dist") != "loadfile":
@@ -70,6 +86,9 @@ class Successors:
     def __init__(self, config: pytest.Config, scheduler: Any):
         self.session = config.pluginmanager.getplugin("dsession")
         self.scheduler = scheduler
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.scheduler.bytes[report.node] = report.bytes
 
     def pytest_testnodedown(self, node: Any, error: object) -> None:
         node.gateway.exit()  # else the process waits, with its memory, for the end
