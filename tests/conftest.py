@@ -69,6 +69,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
         def _assign_work_unit(self, node: Any) -> None:
             super()._assign_work_unit(node)
+            # A process begins a test once it knows which one comes after it.
+            while self.workqueue and self._pending_of(self.assigned_work[node]) < 2:
+                super()._assign_work_unit(node)
             is_large = self.bytes.get(node, 0) > GIGABYTES_OF_A_PROCESS * 1e9
             if is_large and self.workqueue:
                 node.shutdown()  # after this file

@@ -15,8 +15,16 @@ except ImportError as error:
         "KERAS_BACKEND=torch."
     ) from error
 
-from tf_effopt import callbacks, distribute, hyperparameters, rules, transforms
+from tf_effopt import (
+    callbacks,
+    distribute,
+    hyperparameters,
+    optimizers,
+    rules,
+    transforms,
+)
 from tf_effopt.base import Optimizer
+from tf_effopt.engine import keras_hooks as _keras_hooks
 from tf_effopt.groups import Group
 from tf_effopt.layer_roles import roles
 from tf_effopt.loss_scale import LossScaleOptimizer
@@ -68,6 +76,10 @@ __all__ = [
     "rules",
     "transforms",
 ]
+
+_keras_hooks.add_names(
+    {f"{__name__}>{name}": getattr(optimizers, name) for name in optimizers.__all__}
+)
 
 
 def __dir__() -> list[str]:

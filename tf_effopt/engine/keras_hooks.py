@@ -39,6 +39,8 @@ OPERATION = ("_inbound_nodes",)
 VARIABLE = ("_value",)
 # On models of the JAX backend, the newest version's first.
 STATE_SYNC = ("state_sync", "jax_state_sync")
+# What `keras.optimizers.get` makes of a string.
+NAMES = private_names.PrivateName("keras.src.optimizers:ALL_OBJECTS_DICT")
 
 
 def check(optimizer: keras.optimizers.Optimizer) -> None:
@@ -51,6 +53,15 @@ def check(optimizer: keras.optimizers.Optimizer) -> None:
     absent = [f"Optimizer.{name}" for name in names if not hasattr(optimizer, name)]
     if absent:
         raise RuntimeError(private_names.message(absent))
+
+
+def add_names(classes: dict[str, type]) -> None:
+    """Makes strings name optimizers in `compile` and `keras.optimizers.get`.
+
+    Keras 3.15 takes the name of any registered class; 3.16 those of its list only.
+    """
+    if NAMES.exists():
+        NAMES.get().update(classes)
 
 
 def sublayers(model: keras.Model) -> list[keras.layers.Layer]:
@@ -122,4 +133,6 @@ def missing() -> list[str]:
     has_sync = any(hasattr(keras.Model, name) for name in STATE_SYNC)
     if keras.backend.backend() == "jax" and not has_sync:
         absent.append(f"Model.{' or '.join(STATE_SYNC)}")
+    if not NAMES.exists():
+        absent.append(repr(NAMES))
     return absent
