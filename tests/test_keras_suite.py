@@ -42,6 +42,8 @@ def test_the_list_is_short():
 def test_each_difference_is_a_test_of_keras_and_has_one_of_ours(entry):
     file, cls, function = entry.test.split("::")
     theirs = Path(keras.__file__).parent / "src" / file
+    if not list(theirs.parent.glob("*_test.py")):
+        pytest.skip(f"the wheel of Keras {keras.__version__} has no tests")
     tree = ast.parse(theirs.read_text())
     methods = [
         method.name
