@@ -64,14 +64,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return file
 
         def _reschedule(self, node: Any) -> None:
-            if node in self.registered_collections:  # else it's still starting
-                super()._reschedule(node)
+            if node not in self.registered_collections:  # It's still starting.
+                return
+            super()._reschedule(node)
+            # A process begins a test once it knows which one comes after it.
+            while self.workqueue and not node.shutting_down:
+                if self._pending_of(self.assigned_work[node]) > 1:
+                    break
+                self._assign_work_unit(node)
 
         def _assign_work_unit(self, node: Any) -> None:
             super()._assign_work_unit(node)
-            # A process begins a test once it knows which one comes after it.
-            while self.workqueue and self._pending_of(self.assigned_work[node]) < 2:
-                super()._assign_work_unit(node)
             is_large = self.bytes.get(node, 0) > GIGABYTES_OF_A_PROCESS * 1e9
             if is_large and self.workqueue:
                 node.shutdown()  # after this file
