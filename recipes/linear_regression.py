@@ -332,6 +332,7 @@ class Trainer:
         self.model.fit(
             self.batches(test.steps),
             steps_per_epoch=test.steps,
+            shuffle=False,  # The batches are.
             callbacks=[test],
             verbose=0,
         )
