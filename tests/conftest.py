@@ -68,16 +68,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                 return
             super()._reschedule(node)
             # A process begins a test once it knows which one comes after it.
-            while self.workqueue and not node.shutting_down:
-                if self._pending_of(self.assigned_work[node]) > 1:
-                    break
+            assigned = self.assigned_work[node]
+            while (
+                self.workqueue
+                and not node.shutting_down
+                and self._pending_of(assigned) < 2
+            ):
                 self._assign_work_unit(node)
 
         def _assign_work_unit(self, node: Any) -> None:
             super()._assign_work_unit(node)
             is_large = self.bytes.get(node, 0) > GIGABYTES_OF_A_PROCESS * 1e9
             if is_large and self.workqueue:
-                node.shutdown()  # after this file
+                node.shutdown()  # after what it was given
 
     if config.getoption("dist") != "loadfile":
         return None

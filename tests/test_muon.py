@@ -578,7 +578,9 @@ def test_layers_of_two_models_with_one_path_keep_their_roles(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     # Keras 3.15 loses the inner model's name, 3.16 doesn't.
-    assert len({v.path for v in loaded.trainable_variables}) in (2, 4)
+    of_one_path = keras.__version__.startswith("3.15.")
+    paths = {v.path for v in loaded.trainable_variables}
+    assert len(paths) == (2 if of_one_path else 4)
     again = [variable.part for variable in loaded.optimizer._engine.variables]
     assert again == rules
 
