@@ -153,6 +153,17 @@ def arrays(variables: Any) -> list[np.ndarray]:
     return [keras.ops.convert_to_numpy(v).copy() for v in variables]
 
 
+def programs_of(optimizer: tf_effopt.Optimizer) -> list[Any]:
+    """The compiled updates that it has, one for each replica and device."""
+    return [p for ps in optimizer._engine._programs.values() for p in ps]
+
+
+def traces(optimizer: tf_effopt.Optimizer) -> list[int]:
+    """How often each of them was traced, for all optimizers that share it."""
+    programs = programs_of(optimizer)
+    return [p.update.run.experimental_get_tracing_count() for p in programs]
+
+
 def by_name(case: Case) -> str:
     """For `pytest.mark.parametrize(ids=...)`."""
     return case.name

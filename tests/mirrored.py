@@ -19,7 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
-from cases import TRANSFORMS
+from cases import TRANSFORMS, programs_of, traces
 
 import tf_effopt
 from tf_effopt.engine import tensorflow as engine
@@ -443,14 +443,14 @@ def optimizers_by_a_flag():
 def programs_per_replica():
     """Two programs for two replicas, each traced once in 8 steps."""
     model = fit(2, adam(global_clipnorm=0.1, use_ema=True))
-    programs = [p for ps in model.optimizer._engine._programs.values() for p in ps]
+    programs = programs_of(model.optimizer)
     return {
         "difference": 0.0,
         "replicas": replicas_differ(model),
         "programs": len(programs),
         "devices": len({p.device for p in programs}),
-        "traces": [p.run_function.experimental_get_tracing_count() for p in programs],
-        "compiled": [p.run_function._jit_compile for p in programs],
+        "traces": traces(model.optimizer),
+        "compiled": [p.update.is_compiled for p in programs],
     }
 
 

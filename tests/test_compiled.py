@@ -12,7 +12,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import CASES, KINDS, by_name
+from cases import CASES, KINDS, by_name, programs_of, traces
+
+from tf_effopt.engine.programs import plain
 
 OPTIONS = {
     "plain": {},
@@ -41,14 +43,10 @@ def built(case, shapes=SHAPES, **options):
     return optimizer, gradients
 
 
-def programs(optimizer) -> list:
-    return [p for ps in optimizer._engine._programs.values() for p in ps]
-
-
 def arguments(optimizer, gradients):
-    numbers = optimizer._engine.scalars()
-    scalars = numbers.iterations, numbers.learning_rate, numbers.pairs, numbers.model
-    return list(gradients), scalars, None, None
+    (program,) = programs_of(optimizer)
+    scalars = plain(optimizer._engine.scalars())
+    return program.handles, list(gradients), scalars, None, None
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
@@ -95,8 +93,8 @@ def test_numbers_of_each_variable_are_made_together(case):
 def test_the_program_has_no_float64(case):
     optimizer, gradients = built(case, **OPTIONS["all"])
     tf.function(lambda: optimizer.apply(gradients)).get_concrete_function()
-    (program,) = programs(optimizer)
-    ir = program.run_function.experimental_get_compiler_ir(
+    (program,) = programs_of(optimizer)
+    ir = program.update.run.experimental_get_compiler_ir(
         *arguments(optimizer, gradients)
     )
     text = ir(stage="hlo")
@@ -140,8 +138,8 @@ def test_float64_weights_are_the_only_reason_for_float64():
     weights = keras.Variable(np.ones(3), dtype="float64")
     gradient = [tf.ones(3, "float64")]
     optimizer.apply(gradient, [weights])
-    (program,) = programs(optimizer)
-    ir = program.run_function.experimental_get_compiler_ir(
+    (program,) = programs_of(optimizer)
+    ir = program.update.run.experimental_get_compiler_ir(
         *arguments(optimizer, gradient)
     )
     assert "f64[3]" in ir(stage="hlo")
@@ -155,9 +153,7 @@ def test_further_steps_trace_nothing(case):
         optimizer.learning_rate = rate
         optimizer.clipnorm = rate
         optimizer.apply(gradients)
-    assert [
-        p.run_function.experimental_get_tracing_count() for p in programs(optimizer)
-    ] == [1]
+    assert traces(optimizer) == [1]
 
 
 def test_autograph_rewrites_nothing_of_the_update(monkeypatch):

@@ -132,8 +132,7 @@ def test_a_tool_changes_no_training(tool, way, expected, tmp_path, caplog):
 
 def compiled(model: keras.Model) -> list[bool]:
     """Whether each program is compiled by XLA."""
-    programs = model.optimizer._engine._programs.values()
-    return [bool(p.run_function._jit_compile) for of in programs for p in of]
+    return [p.update.is_compiled for p in cases.programs_of(model.optimizer)]
 
 
 def test_what_ran_compiled_is_compiled_again_when_the_tool_is_off(tmp_path):
@@ -177,12 +176,12 @@ def test_tensorboard_profiles_a_training(expected, tmp_path):
 
 
 def test_whether_xla_is_there_is_not_asked_of_a_function_that_runs_eagerly(tmp_path):
-    from tf_effopt.engine import tensorflow
+    from tf_effopt.engine import xla
 
-    tensorflow._xla_failure.cache_clear()
+    xla.device_failure.cache_clear()
     with eagerly(tmp_path):
-        assert tensorflow._xla_failure("/device:CPU:0") is None
-    assert tensorflow._xla_failure.cache_info().currsize == 1
+        assert xla.device_failure("/device:CPU:0") is None
+    assert xla.device_failure.cache_info().currsize == 1
 
 
 def make_dataset() -> Any:

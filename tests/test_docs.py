@@ -75,10 +75,12 @@ def test_the_engine_names_no_rule():
 # Parts that are imported when they are asked for.
 DISTRIBUTE = ("fit", "hooks", "shares", "stand_ins", "strategies", "whole_batches")
 TENSORFLOW = [
+    "engine/programs.py",
     "engine/reduction.py",
     "engine/rows.py",
     "engine/tensorflow.py",
     "engine/watching.py",
+    "engine/xla.py",
     *(f"distribute/{name}.py" for name in DISTRIBUTE),
     *(f"tpu/{name}.py" for name in ("replicas", "report", "steps")),
 ]

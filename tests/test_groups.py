@@ -20,6 +20,7 @@ from cases import (
     by_name,
     compiled_model,
     small_model,
+    traces,
     train,
 )
 
@@ -36,11 +37,6 @@ def variable(*values, name="w"):
 
 def ones(*shape):
     return tf.ones(shape)
-
-
-def traces(optimizer):
-    programs = [p for ps in optimizer._engine._programs.values() for p in ps]
-    return [p.run_function.experimental_get_tracing_count() for p in programs]
 
 
 def identical(one, other):

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import BY_NAME, X, Y, arrays
+from cases import BY_NAME, X, Y, arrays, traces
 from keras import ops
 
 import tf_effopt
@@ -49,17 +49,6 @@ def assert_identical(values: Any, expected: Any) -> None:
         np.testing.assert_array_equal(
             ops.convert_to_numpy(value), ops.convert_to_numpy(other)
         )
-
-
-def all_programs(optimizer: tf_effopt.Optimizer) -> list[Any]:
-    return [p for ps in optimizer._engine._programs.values() for p in ps]
-
-
-def traces(optimizer: tf_effopt.Optimizer) -> list[int]:
-    """How often each of the optimizer's programs was traced."""
-    return [
-        p.run_function.experimental_get_tracing_count() for p in all_programs(optimizer)
-    ]
 
 
 def ones(*shape: int) -> tf.Tensor:

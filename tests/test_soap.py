@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
+from cases import traces
 from keras import ops
 
 import tf_effopt
@@ -190,8 +191,7 @@ def test_frequency_may_change_while_training():
         if t == 5:
             optimizer.precondition_frequency = 5
     assert changed == [1, 3, 5, 6, 11]
-    (program,) = (p for ps in optimizer._engine._programs.values() for p in ps)
-    assert program.run_function.experimental_get_tracing_count() == 1
+    assert traces(optimizer) == [1]
 
 
 @pytest.mark.representatives("None")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,14 +16,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_effopt.engine import is_sparse, private_names, reduction, stages
+from tf_effopt.engine import is_sparse, private_names, reduction, stages, xla
 from tf_effopt.engine.base import Engine
-from tf_effopt.engine.inputs import Inputs
-from tf_effopt.engine.matrices import Share
-from tf_effopt.engine.plan import OPTIMIZER, Arguments, Plan, Scalars, TrainedVariable
-from tf_effopt.engine.sparse import Rows
+from tf_effopt.engine.plan import OPTIMIZER, Scalars
+from tf_effopt.engine.programs import Program, assign, shared_update
 from tf_effopt.engine.watching import watchers
-from tf_effopt.paths import path_of, shape_of
+from tf_effopt.paths import path_of
 
 log = logging.getLogger("tf_effopt")
 
@@ -135,7 +132,7 @@ class TensorFlowEngine(Engine):
             for p, share in zip(programs, shares, strict=True)
         ]
         outcome = outcomes[0]  # that of all devices is the same
-        _assign(_map(_local, self.model_state), scalars.model, outcome.model)
+        assign(_map(_local, self.model_state), scalars.model, outcome.model)
         absent = self.without_gradient(indices)
         if absent:
             before = scalars.iterations
@@ -286,18 +283,24 @@ class TensorFlowEngine(Engine):
         devices: dict[str, list[int]] = {}
         for i in self.involved(indices):
             devices.setdefault(_local(self.state[i]["weight"]).device, []).append(i)
+        is_inlined = _compiles_steps(self.strategy)
         programs = []
         for device, members in devices.items():
             variables = [self.variables[i] for i in members]
             state = [_map(_local, self.state[i]) for i in members]
-            program = Program(
-                self,
+            is_cpu = tf.DeviceSpec.from_string(device).device_type == "CPU"
+            update = shared_update(
                 device,
+                self.plan,
                 variables,
                 state,
-                [positions.get(i) for i in members],
+                is_compiled=self.compiles_on(device, variables, state),
+                is_inlined=is_inlined,
+                stacks_matrices=not is_cpu or is_inlined,
+                replicas=self.strategy.num_replicas_in_sync,
             )
-            programs.append(program)
+            positions_here = [positions.get(i) for i in members]
+            programs.append(Program(update, state, positions_here))
         return programs
 
     def compiles_on(self, device: str, variables: list, state: list[dict]) -> bool:
@@ -308,15 +311,9 @@ class TensorFlowEngine(Engine):
             # Nor is a trial made, whose result would outlast the watching.
             self._warn_of(device, "XLA can't compile the operations of `tf.debugging`")
             return False
-        if _is_known_to_compile(device, variables, self.plan):
-            return True
-        kinds = _smallest_of_each_kind(variables)
-        key = device, frozenset(kinds), *_functions_of(self.plan)
-        if key not in _update_failures:
-            _update_failures[key] = _xla_failure(device) or self._update_failure(
-                device, sorted(kinds.values()), variables, state
-            )
-        failure = _update_failures[key]
+        failure = xla.update_failure(
+            device, self.plan, variables, state, self.model_state
+        )
         if failure is not None:
             self._warn_of(device, failure.splitlines()[0])
         return failure is None
@@ -331,37 +328,6 @@ class TensorFlowEngine(Engine):
             device,
             failure,
         )
-
-    def _update_failure(
-        self, device: str, chosen: list[int], variables: list, state: list[dict]
-    ) -> str | None:
-        """Why the update of these variables can't be compiled, or None if it can."""
-        plan_variables = [variables[i] for i in chosen]
-
-        def update(state: list[dict], gradients: list[Any]) -> Any:
-            scalars = Scalars(
-                tf.zeros((), "int64"),
-                tf.zeros(()),
-                tf.zeros((len(self.plan.numbers), 2), self.scalar_dtype),
-                _map(lambda x: tf.zeros(x.shape, x.dtype), self.model_state),
-                tf.zeros(len(self.state), "int64") if self.counts_each else None,
-            )
-            after, outcome = stages.step(
-                Inputs(self.plan, plan_variables, state, gradients, scalars)
-            )
-            return after, outcome.counted, outcome.model
-
-        with tf.init_scope(), tf.device(device):
-            zeros = [
-                _map(lambda x: tf.zeros(shape_of(x), x.dtype), state[i]) for i in chosen
-            ]
-            gradients = [tf.zeros(v.shape, v.dtype) for v in plan_variables]
-            try:
-                compiled = tf.function(update, jit_compile=True, autograph=False)
-                compiled.get_concrete_function(zeros, gradients)(zeros, gradients)
-            except tf.errors.OpError as error:
-                return error.message
-        return None
 
 
 # At which `tf.function` has its say in how variables are made; all others have 100.
@@ -414,255 +380,6 @@ def _compiles_steps(strategy: tf.distribute.Strategy) -> bool:
     return is_tpu or getattr(strategy, "compiles_steps", False)
 
 
-# What can't be compiled, and why; None for what can. All optimizers with the same
-# functions share one trial.
-_update_failures: dict[tuple, str | None] = {}
-
-
-def _is_known_to_compile(
-    device: str, variables: list[TrainedVariable], plan: Plan
-) -> bool:
-    """Whether no trial is needed: the tests compile all of this package's on a CPU."""
-    if tf.DeviceSpec.from_string(device).device_type != "CPU" or _xla_failure(device):
-        return False
-    functions = [v.rule.function for v in variables] + _functions_of(plan)
-    constraints = [v.constraint for v in variables]
-    return all(x is None or _is_of(x.__module__, "tf_effopt") for x in functions) and (
-        all(x is None or _is_of(type(x).__module__, "keras") for x in constraints)
-    )
-
-
-def _is_of(module: str, package: str) -> bool:
-    return module.partition(".")[0] == package
-
-
-def _smallest_of_each_kind(variables: list[TrainedVariable]) -> dict[tuple, int]:
-    """Kind -> the position of its smallest variable: what a trial compiles."""
-    smallest: dict[tuple, int] = {}
-    for i, v in enumerate(variables):
-        rule = v.rule.function, repr(sorted(v.rule.fixed.items()))
-        kind = (_by_identity(v.constraint), *rule, v.dtype)
-        best = smallest.get(kind)
-        if best is None or np.prod(v.shape) < np.prod(variables[best].shape):
-            smallest[kind] = i
-    return smallest
-
-
-@dataclasses.dataclass(frozen=True)
-class _Identity:
-    """An object as a key, kept alive with it: it need not be hashable."""
-
-    thing: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.thing is other.thing
-
-    def __hash__(self) -> int:
-        return id(self.thing)
-
-
-def _by_identity(constraint: Any) -> Any:
-    """Keras's own constraints by their class, others by identity."""
-    if constraint is None:
-        return None
-    module = type(constraint).__module__
-    return type(constraint) if module.startswith("keras.") else _Identity(constraint)
-
-
-def _functions_of(plan: Plan) -> list[Callable | None]:
-    """What the update of all variables calls that isn't the engine's own."""
-    bound = [plan.upkeep]
-    bound += [x for t in plan.transforms for x in (t.before, t.after)]
-    bound += [x for _, model in plan.models() for x in (model.rule, model.measure)]
-    if plan.evaluation is not None:
-        bound.append(plan.evaluation.to_training)
-    return [None if x is None else x.function for x in bound]
-
-
-@dataclasses.dataclass
-class Program:
-    """The compiled update of the variables on one device of one replica.
-
-    Attributes:
-        variables, state: what the stages need, and the `tf.Variable`s of this
-            device and replica.
-        positions: for each variable the position of its gradient in the list
-            that `apply` received, or None.
-    """
-
-    engine: TensorFlowEngine
-    device: str
-    variables: list[TrainedVariable]
-    state: list[dict]
-    positions: list[int | None]
-
-    def __post_init__(self) -> None:
-        compiles = self.engine.compiles_on(self.device, self.variables, self.state)
-        options = {"jit_compile": True} if compiles else {}
-        self.run_function = tf.function(self._run, autograph=False, **options)
-        self.eager_function = tf.function(self._run_eagerly, autograph=False)
-        self.measure_function = tf.function(self._measure, autograph=False, **options)
-        self.share_function = tf.function(
-            self._matrix_share, autograph=False, **options
-        )
-        for function in (
-            self.run_function,
-            self.eager_function,
-            self.measure_function,
-            self.share_function,
-        ):
-            # Every optimizer traces this code once: that isn't retracing.
-            function._omit_frequent_tracing_warning = True
-
-    def run(
-        self,
-        gradients: list[Any],
-        scalars: Scalars,
-        totals: dict | None,
-        matrix_steps: dict | None,
-    ) -> stages.Outcome:
-        """Updates the variables."""
-        run = self.run_function
-        with tf.device(self.device):
-            if tf.executing_eagerly() and self._dtypes_of_each(scalars):
-                run = self.eager_function
-            else:
-                scalars = self._with_numbers_of_each(scalars)
-            found = run(self._own(gradients), _plain(scalars), totals, matrix_steps)
-        return stages.Outcome(*found)
-
-    def _dtypes_of_each(self, scalars: Scalars) -> set[str]:
-        """Of the numbers that follow from each variable's count."""
-        model = self.engine.plan.model
-        if scalars.missed is None or model is None or not model.each_count:
-            return set()
-        return {v.compute_dtype for v in self.variables}
-
-    def _with_numbers_of_each(self, scalars: Scalars) -> Scalars:
-        """With these numbers as scalars, made outside of the compiled program.
-
-        In it they would be slices of vectors, and XLA, which compiles the update of
-        variables of one shape once, would compile one for each slice.
-        """
-        dtypes = self._dtypes_of_each(scalars)
-        if not dtypes:
-            return scalars
-        arguments = Arguments(self.engine.plan, scalars)
-        of_each = {dtype: arguments.of_each(dtype) for dtype in sorted(dtypes)}
-        return dataclasses.replace(scalars, of_each=of_each)
-
-    def _run_eagerly(self, gradients: list[Any], scalars: tuple, *others: Any) -> tuple:
-        # As in a graph: passing so many scalars from Python takes long.
-        scalars = self._with_numbers_of_each(Scalars(*scalars))
-        return self.run_function(gradients, _plain(scalars), *others)
-
-    def matrix_share(
-        self, gradients: list[Any], scalars: Scalars, totals: dict | None
-    ) -> dict:
-        """This replica's share of the work on matrices."""
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        with tf.device(self.device):
-            return self.share_function(
-                self._own(gradients),
-                _plain(scalars),
-                totals,
-                tf.convert_to_tensor(replica),
-            )
-
-    def measure(
-        self, phase: str, gradients: list[Any], scalars: Scalars, totals: dict
-    ) -> dict[str, Any]:
-        """This device's share of what a phase sums up."""
-        with tf.device(self.device):
-            return self.measure_function(
-                phase, self._own(gradients), _plain(scalars), totals
-            )
-
-    def _own(self, gradients: list[Any]) -> list[Any]:
-        return [None if p is None else gradients[p] for p in self.positions]
-
-    def _inputs(
-        self,
-        gradients: list[Any],
-        scalars: tuple,
-        totals: dict | None,
-        matrix_steps: dict | None = None,
-    ) -> Inputs:
-        return Inputs(
-            self.engine.plan,
-            self.variables,
-            [
-                _map(tf.convert_to_tensor, tensors) | _weight_of_shape(tensors, v.shape)
-                for v, tensors in zip(self.variables, self.state, strict=True)
-            ],
-            [_rows(g) for g in gradients],
-            Scalars(*scalars),
-            totals,
-            matrix_steps,
-            stacks_matrices=not self._runs_on_cpu(),
-        )
-
-    def _runs_on_cpu(self) -> bool:
-        is_cpu = tf.DeviceSpec.from_string(self.device).device_type == "CPU"
-        return is_cpu and not _compiles_steps(self.engine.strategy)
-
-    def _matrix_share(
-        self, gradients: list[Any], scalars: tuple, totals: dict | None, replica: Any
-    ) -> dict:
-        share = Share(replica, self.engine.strategy.num_replicas_in_sync)
-        return stages.matrix_share(self._inputs(gradients, scalars, totals), share)
-
-    def _measure(
-        self, phase: str, gradients: list[Any], scalars: tuple, totals: dict
-    ) -> dict[str, Any]:
-        return stages.partial_sums(self._inputs(gradients, scalars, totals), phase)
-
-    def _run(
-        self,
-        gradients: list[Any],
-        scalars: tuple,
-        totals: dict | None,
-        matrix_steps: dict | None,
-    ) -> tuple:
-        inputs = self._inputs(gradients, scalars, totals, matrix_steps)
-        after, outcome = stages.step(inputs)
-        for tensors, old, new in zip(self.state, inputs.state, after, strict=True):
-            _assign(tensors, old, new)
-        return outcome.finite, outcome.counted, outcome.model
-
-
-def _plain(scalars: Scalars) -> tuple:
-    """As `tf.function` can take them."""
-    return (
-        scalars.iterations,
-        scalars.learning_rate,
-        scalars.pairs,
-        scalars.model,
-        scalars.missed,
-        scalars.of_each,
-    )
-
-
-@functools.cache
-def _xla_failure(device: str) -> str | None:
-    """Why XLA can't run on `device`, or None if it can."""
-    with tf.init_scope(), tf.device(device):
-        try:
-            function = tf.function(lambda x: x + 1, jit_compile=True)
-            # The function itself may be told to run eagerly, without XLA.
-            function.get_concrete_function(tf.zeros(()))(tf.zeros(()))
-        except (tf.errors.OpError, ValueError) as error:
-            return str(error)
-    return None
-
-
-def _rows(gradient: Any) -> Any:
-    """Stage 2 for a sparse gradient: repeated rows are summed."""
-    if not is_sparse(gradient):
-        return gradient
-    return Rows.sum_repeated(gradient.indices, gradient.values)
-
-
 def _tf_variable(variable: Any) -> tf.Variable:
     """The TensorFlow variable in a Keras variable."""
     return variable.value if isinstance(variable, keras.Variable) else variable
@@ -674,13 +391,6 @@ def _local(variable: Any) -> tf.Variable:
     if hasattr(variable, "_get_on_device_or_primary"):
         return variable._get_on_device_or_primary()
     return variable
-
-
-def _weight_of_shape(tensors: dict, shape: tuple[int, ...]) -> dict[str, tf.Tensor]:
-    """The weight, where its variable doesn't say which shape it has."""
-    if tensors["weight"].shape.is_fully_defined():
-        return {}
-    return {"weight": tf.ensure_shape(tf.convert_to_tensor(tensors["weight"]), shape)}
 
 
 def shape_now(variable: Any) -> tuple[int, ...]:
@@ -702,11 +412,3 @@ def _map(function: Callable, tensors: dict) -> dict:
         k: _map(function, x) if isinstance(x, dict) else function(x)
         for k, x in tensors.items()
     }
-
-
-def _assign(variables: dict, before: dict, after: dict) -> None:
-    for k, variable in variables.items():
-        if isinstance(variable, dict):
-            _assign(variable, before[k], after[k])
-        elif after[k] is not before[k]:
-            variable.assign(after[k])

@@ -1,0 +1,292 @@
+"""Compiled updates: what XLA runs, shared by all optimizers of one structure."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_effopt.engine import is_sparse, private_names, stages
+from tf_effopt.engine.inputs import Inputs
+from tf_effopt.engine.matrices import Share
+from tf_effopt.engine.plan import Arguments, Plan, Scalars, TrainedVariable
+from tf_effopt.engine.sparse import Rows
+from tf_effopt.engine.structure import is_own, structure
+from tf_effopt.engine.watching import watchers
+
+MOST_KEPT = 64  # updates that no optimizer has any more
+
+_updates: weakref.WeakValueDictionary[Hashable, Update] = weakref.WeakValueDictionary()
+_latest: collections.OrderedDict[Hashable, Update] = collections.OrderedDict()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is fixed about a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, variable: tf.Variable) -> Kind:
+        return cls(tuple(variable.shape), variable.dtype.name)
+
+
+@dataclasses.dataclass(eq=False)
+class Update:
+    """The update of the variables on one device of one replica.
+
+    It gets the variables' handles as arguments, so that all optimizers of one structure
+    share what is traced and compiled. (TensorFlow would trace with the variables of
+    the first one, and then miss them.)
+
+    Attributes:
+        device: where it runs.
+        plan, variables: what is fixed.
+        kinds: for each variable a dict as its state: shape and dtype of each tensor.
+        is_compiled: whether XLA compiles it.
+        is_inlined: whether it is a part of a step that is compiled as a whole.
+        stacks_matrices: see `Inputs`.
+        replicas: how many there are.
+    """
+
+    device: str
+    plan: Plan
+    variables: list[TrainedVariable]
+    kinds: list[dict]
+    is_compiled: bool
+    is_inlined: bool
+    stacks_matrices: bool
+    replicas: int
+
+    def __post_init__(self) -> None:
+        self.run = self._function(self._run)
+        self.measure = self._function(self._measure)
+        self.matrix_share = self._function(self._matrix_share)
+
+    def _function(self, python_function: Callable) -> Callable:
+        if self.is_inlined:
+            return python_function
+        options = {"jit_compile": True} if self.is_compiled else {}
+        return function_of(python_function, **options)
+
+    def _inputs(
+        self,
+        state: list[dict],
+        gradients: list[Any],
+        scalars: tuple,
+        totals: dict | None,
+        matrix_steps: dict | None = None,
+    ) -> Inputs:
+        return Inputs(
+            self.plan,
+            self.variables,
+            [
+                tf.nest.map_structure(_read, handles, kinds)
+                for handles, kinds in zip(state, self.kinds, strict=True)
+            ],
+            [_rows(g) for g in gradients],
+            Scalars(*scalars),
+            totals,
+            matrix_steps,
+            self.stacks_matrices,
+        )
+
+    def _run(
+        self,
+        state: list[dict],
+        gradients: list[Any],
+        scalars: tuple,
+        totals: dict | None,
+        matrix_steps: dict | None,
+    ) -> tuple:
+        inputs = self._inputs(state, gradients, scalars, totals, matrix_steps)
+        after, outcome = stages.step(inputs)
+        for handles, old, new in zip(state, inputs.state, after, strict=True):
+            assign(handles, old, new)
+        return outcome.finite, outcome.counted, outcome.model
+
+    def _measure(
+        self,
+        phase: str,
+        state: list[dict],
+        gradients: list[Any],
+        scalars: tuple,
+        totals: dict,
+    ) -> dict[str, Any]:
+        inputs = self._inputs(state, gradients, scalars, totals)
+        return stages.partial_sums(inputs, phase)
+
+    def _matrix_share(
+        self,
+        state: list[dict],
+        gradients: list[Any],
+        scalars: tuple,
+        totals: dict | None,
+        replica: Any,
+    ) -> dict:
+        share = Share(replica, self.replicas)
+        return stages.matrix_share(
+            self._inputs(state, gradients, scalars, totals), share
+        )
+
+
+def shared_update(
+    device: str,
+    plan: Plan,
+    variables: list[TrainedVariable],
+    state: list[dict],
+    **options: Any,
+) -> Update:
+    """The `Update` of this structure, made if no optimizer had it yet.
+
+    One that holds something of a user's, such as a constraint, is freed with its last
+    optimizer; of the others, so many are kept for the next one.
+    """
+    kinds = [
+        # A weight's variable may leave its shape open.
+        {"weight": Kind(v.shape, v.dtype)}
+        | {k: tf.nest.map_structure(Kind.of, x) for k, x in s.items() if k != "weight"}
+        for v, s in zip(variables, state, strict=True)
+    ]
+    fixed = [device, plan, variables, kinds]
+    whole = [*fixed, options, watchers(), keras.config.floatx()]
+    key = structure(whole)
+    update = _updates.get(key)
+    if update is None:
+        update = _updates[key] = Update(*fixed, **options)
+    if is_own(whole):
+        _latest[key] = update
+        _latest.move_to_end(key)
+        while len(_latest) > MOST_KEPT:
+            _latest.popitem(last=False)
+    return update
+
+
+class Program:
+    """An `Update` of an optimizer's variables on one device of one replica.
+
+    Args:
+        update: of a structure that these variables have.
+        state: for each variable its `tf.Variable`s on this device and replica.
+        positions: for each variable the position of its gradient in the list
+            that `apply` received, or None.
+    """
+
+    def __init__(self, update: Update, state: list[dict], positions: list[int | None]):
+        self.update = update
+        self.state = state
+        self.positions = positions
+        self.handles = state
+        if not update.is_inlined:
+            self.handles = tf.nest.map_structure(lambda v: v.handle, state)
+        # With the variables: passing so many arguments from Python takes long.
+        self.whole_function = function_of(self._run)
+
+    @property
+    def device(self) -> str:
+        return self.update.device
+
+    def run(
+        self,
+        gradients: list[Any],
+        scalars: Scalars,
+        totals: dict | None,
+        matrix_steps: dict | None,
+    ) -> stages.Outcome:
+        """Updates the variables."""
+        is_apart = tf.executing_eagerly() or self.update.is_inlined
+        run = self.whole_function if is_apart else self._run
+        with tf.device(self.device):
+            found = run(self._own(gradients), plain(scalars), totals, matrix_steps)
+        return stages.Outcome(*found)
+
+    def _run(self, gradients: list[Any], scalars: tuple, *others: Any) -> tuple:
+        scalars = self._with_numbers_of_each(Scalars(*scalars))
+        return self.update.run(self.handles, gradients, plain(scalars), *others)
+
+    def _with_numbers_of_each(self, scalars: Scalars) -> Scalars:
+        """With the numbers that follow from each variable's count, as scalars.
+
+        In the compiled program they would be slices of vectors, and XLA, which
+        compiles the update of variables of one shape once, would compile one for each
+        slice.
+        """
+        model = self.update.plan.model
+        if scalars.missed is None or model is None or not model.each_count:
+            return scalars
+        arguments = Arguments(self.update.plan, scalars)
+        dtypes = sorted({v.compute_dtype for v in self.update.variables})
+        of_each = {dtype: arguments.of_each(dtype) for dtype in dtypes}
+        return dataclasses.replace(scalars, of_each=of_each)
+
+    def matrix_share(
+        self, gradients: list[Any], scalars: Scalars, totals: dict | None
+    ) -> dict:
+        """This replica's share of the work on matrices."""
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        with tf.device(self.device):
+            return self.update.matrix_share(
+                self.handles,
+                self._own(gradients),
+                plain(scalars),
+                totals,
+                tf.convert_to_tensor(replica),
+            )
+
+    def measure(
+        self, phase: str, gradients: list[Any], scalars: Scalars, totals: dict
+    ) -> dict[str, Any]:
+        """This device's share of what a phase sums up."""
+        own, numbers = self._own(gradients), plain(scalars)
+        with tf.device(self.device):
+            return self.update.measure(phase, self.handles, own, numbers, totals)
+
+    def _own(self, gradients: list[Any]) -> list[Any]:
+        return [None if p is None else gradients[p] for p in self.positions]
+
+
+def function_of(python_function: Callable, **options: Any) -> Callable:
+    """A `tf.function`; each is traced once for many reasons, and not again."""
+    function = tf.function(python_function, autograph=False, **options)
+    # Every optimizer traces this code once: that isn't retracing.
+    private_names.attribute(function, "_omit_frequent_tracing_warning")
+    function._omit_frequent_tracing_warning = True
+    return function
+
+
+def plain(scalars: Scalars) -> tuple:
+    """As `tf.function` can take them."""
+    return tuple(getattr(scalars, field.name) for field in dataclasses.fields(scalars))
+
+
+def _rows(gradient: Any) -> Any:
+    """Stage 2 for a sparse gradient: repeated rows are summed."""
+    if not is_sparse(gradient):
+        return gradient
+    return Rows.sum_repeated(gradient.indices, gradient.values)
+
+
+def _read(handle: Any, kind: Kind) -> tf.Tensor:
+    if isinstance(handle, tf.Variable):
+        return tf.ensure_shape(tf.convert_to_tensor(handle), kind.shape)
+    value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=kind.dtype)
+    return tf.ensure_shape(value, kind.shape)
+
+
+def assign(variables: dict, before: dict, after: dict) -> None:
+    """Writes nested tensors to variables or their handles; not what is as it was."""
+    for k, variable in variables.items():
+        if isinstance(variable, dict):
+            assign(variable, before[k], after[k])
+        elif after[k] is before[k]:
+            continue
+        elif isinstance(variable, tf.Variable):
+            variable.assign(after[k])
+        else:
+            tf.raw_ops.AssignVariableOp(resource=variable, value=after[k])
