@@ -24,9 +24,8 @@ tf = pytest.importorskip("tensorflow")
 
 from workers import CASES
 
-from tf_effopt.distribute import hooks, launch, tf_config
+from tf_effopt.distribute import launch, tf_config
 from tf_effopt.distribute.fit import _PackedLogs
-from tf_effopt.engine.private_names import PrivateName
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = ROOT / "tests" / "workers.py"
@@ -169,10 +168,6 @@ def test_plain_numbers_in_logs_are_packed_with_tensors():
 # ----------------------------------------------------------- strategies by name
 
 
-def test_private_names_are_there():
-    assert not hooks.missing()
-
-
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", "import tf_effopt\n" + code],
@@ -206,17 +201,6 @@ assert f"Keras {keras.__version__} with TensorFlow 2." in message, message
 """
     finished = python(code)
     assert finished.returncode == 0, finished.stderr
-
-
-def test_a_name_that_has_moved_is_found_where_it_is_now():
-    moved = PrivateName("keras.src.of_tomorrow:function", "keras.tree:flatten")
-    assert moved.get() is keras.tree.flatten
-    gone = PrivateName("keras.src.of_tomorrow:Class.method", "keras:Gone.method")
-    assert not gone.exists()
-    with pytest.raises(
-        RuntimeError, match=r"of_tomorrow\.Class\.method or keras\.Gone"
-    ):
-        gone.get()
 
 
 def test_strategies_by_name():

@@ -14,7 +14,6 @@ import keras
 import pytest
 
 import tf_effopt
-from tf_effopt.engine import keras_hooks, private_names
 
 ROOT = pathlib.Path(tf_effopt.__file__).parents[1]
 MODULES = [
@@ -91,23 +90,6 @@ def test_tensorflow_is_imported_on_demand_only():
     for path in package.rglob("*.py"):
         if path.relative_to(package).as_posix() not in TENSORFLOW:
             assert not any(n.startswith("tensorflow") for n in imported(path)), path
-
-
-def test_the_private_names_in_use_exist():
-    missing = keras_hooks.missing()
-    assert not missing, (
-        f"This Keras lacks {missing}: tf_effopt/engine/keras_hooks.py lists what "
-        "the engine uses; find what took their place."
-    )
-
-
-def test_a_private_name_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(keras_hooks, "OPTIMIZER_CLASS", ("_name_of_the_past",))
-    expected = rf"Keras {re.escape(keras.__version__)}.*Optimizer\._name_of_the_past"
-    with pytest.raises(RuntimeError, match=expected):
-        tf_effopt.SGD()
-    with pytest.raises(RuntimeError, match=r"Dense\._flatten_the_past"):
-        private_names.attribute(keras.layers.Dense(1), "_flatten_the_past")
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from tf_effopt.checks import (
     shown_shape,
     without_none,
 )
-from tf_effopt.engine import counts, keras_hooks
+from tf_effopt.engine import counts, keras_hooks, private_names
 from tf_effopt.engine.base import check_dtype, dtype_name
 from tf_effopt.engine.plan import EVALUATING, OPTIMIZER
 from tf_effopt.groups import (
@@ -224,7 +224,7 @@ class Optimizer(keras.optimizers.Optimizer):
             gradient_accumulation_steps=as_int(gradient_accumulation_steps),
             name=name,
         )
-        keras_hooks.check(self)
+        private_names.check_optimizer(self)
         self.rounding = rounding
         self.lazy = lazy
         # Bypasses Keras's and TensorFlow's tracking, which would wrap the lists.
@@ -511,7 +511,7 @@ class Optimizer(keras.optimizers.Optimizer):
                 initializer=initializer,
                 dtype=dtype,
                 name=f"{path}_{name}",
-                layout=getattr(weight, "_layout", None) if same_shape else None,
+                layout=_layout_of(weight) if same_shape else None,
             )
 
     # -------------------------------------------------------------- running
@@ -1183,6 +1183,13 @@ def _filled_with(value: float) -> Callable:
         return keras.ops.convert_to_tensor(np.full(shape, value, dtype))
 
     return initializer
+
+
+def _layout_of(weight: Any) -> Any:
+    """How a Keras variable is divided among devices on JAX, or None."""
+    if not isinstance(weight, keras.Variable):
+        return None
+    return private_names.attribute(weight, "_layout")
 
 
 def _copy_state(source: dict, target: dict) -> None:

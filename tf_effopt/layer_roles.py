@@ -17,6 +17,7 @@ from typing import Any
 import keras
 
 from tf_effopt import legacy_keras
+from tf_effopt.engine import private_names
 from tf_effopt.engine.keras_hooks import own_history, sublayers
 from tf_effopt.paths import ends, nearest_paths, path_of
 from tf_effopt.rules import Matrices
@@ -401,7 +402,10 @@ def _heads(model: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(layer, keras.Model):
             yield from _heads(layer)
         elif isinstance(layer, keras.layers.Embedding):
-            yield name, layer._embeddings  # tied, and so not trained as a head
+            yield (
+                name,
+                private_names.attribute(layer, "_embeddings"),
+            )  # tied, and so not trained as a head
         elif layer is None:
             yield name, None
         else:

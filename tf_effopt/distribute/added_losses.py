@@ -12,11 +12,15 @@ from typing import Any
 
 import keras
 
+from tf_effopt.engine import private_names
+from tf_effopt.engine.keras_hooks import sublayers
+
 
 def keep_apart(model: keras.Model) -> None:
     """Gives each layer a list for each thread."""
-    for layer in model._flatten_layers():
-        if not isinstance(layer._losses, _ByThread):
+    for layer in sublayers(model):
+        losses = private_names.attribute(layer, "_losses")
+        if not isinstance(losses, _ByThread):
             # Past Keras's and TensorFlow's tracking, which would wrap it.
             object.__setattr__(layer, "_losses", _ByThread())
 

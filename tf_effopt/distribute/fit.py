@@ -22,6 +22,8 @@ from tf_effopt.distribute import (
     whole_batches,
 )
 from tf_effopt.distribute.tf_config import named_workers
+from tf_effopt.engine import private_names
+from tf_effopt.engine.keras_hooks import sublayers
 
 REPLACED = (  # methods of a model
     "_maybe_symbolic_build",
@@ -118,7 +120,7 @@ def prepare(model: keras.Model) -> keras.Model:
                 stacklevel=2,
             )
         return model
-    hooks.check()  # before anything is replaced
+    private_names.check()  # before anything is replaced
     shares.install()
     whole_batches.kept(strategy)
     adapter = _Adapter(model, strategy)
@@ -283,7 +285,7 @@ class _Adapter:
         """Averages over a replica's own examples."""
         return [
             v
-            for layer in self.model._flatten_layers()
+            for layer in sublayers(self.model)
             if isinstance(layer, keras.layers.BatchNormalization)
             and not layer.synchronized
             for v in (layer.moving_mean, layer.moving_variance)

@@ -21,6 +21,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_effopt.distribute import hooks
+from tf_effopt.engine import private_names
 
 MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
@@ -157,7 +158,7 @@ def reduce_values(
         _here.parts += 1
         return _weighted(original(values, sample_weight, reduction)) * _here.of_sums
     if values.shape.rank == 0:  # a loss function that has taken the mean itself
-        return hooks.SCALE_LOSS.get()(values)
+        return private_names.SCALE_LOSS.get()(values)
     if reduction == "mean_with_sample_weight" and sample_weight is not None:
         _here.parts += 1
         weight = summed(_weighted(tf.reduce_sum(sample_weight)))

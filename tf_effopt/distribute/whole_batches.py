@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_effopt.distribute import hooks
+from tf_effopt.engine import private_names
 
 Policy = tf.data.experimental.AutoShardPolicy
 
@@ -27,7 +28,7 @@ def kept(strategy: tf.distribute.Strategy) -> None:
 
 @functools.cache
 def _install() -> None:
-    hooks.replace(*hooks.OF_DATA.place(), _make_epoch_iterator)
+    hooks.replace(*private_names.EPOCH_ITERATOR.place(), _make_epoch_iterator)
 
 
 def _make_epoch_iterator(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tf_effopt.engine import is_sparse, private_names, stages
+from tf_effopt.engine import is_sparse, stages
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.matrices import Share
 from tf_effopt.engine.plan import Arguments, Plan, Scalars, TrainedVariable
@@ -19,10 +18,9 @@ from tf_effopt.engine.sparse import Rows
 from tf_effopt.engine.structure import is_own, structure
 from tf_effopt.engine.watching import watchers
 
-MOST_KEPT = 64  # updates that no optimizer has any more
+MOST_SHARED = 64  # structures, the latest ones
 
-_updates: weakref.WeakValueDictionary[Hashable, Update] = weakref.WeakValueDictionary()
-_latest: collections.OrderedDict[Hashable, Update] = collections.OrderedDict()
+_shared: collections.OrderedDict[Hashable, Update] = collections.OrderedDict()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +141,10 @@ def shared_update(
     state: list[dict],
     **options: Any,
 ) -> Update:
-    """The `Update` of this structure, made if no optimizer had it yet.
+    """The `Update` of this structure, which is made for the first that has it.
 
-    One that holds something of a user's, such as a constraint, is freed with its last
-    optimizer; of the others, so many are kept for the next one.
+    One that calls a user's function, such as a rule or a constraint, isn't shared: what
+    the function looks at may have changed since, and is to be freed with the optimizer.
     """
     kinds = [
         # A weight's variable may leave its shape open.
@@ -156,16 +154,15 @@ def shared_update(
     ]
     fixed = [device, plan, variables, kinds]
     whole = [*fixed, options, watchers(), keras.config.floatx()]
+    if not is_own(whole):
+        return Update(*fixed, **options)
     key = structure(whole)
-    update = _updates.get(key)
-    if update is None:
-        update = _updates[key] = Update(*fixed, **options)
-    if is_own(whole):
-        _latest[key] = update
-        _latest.move_to_end(key)
-        while len(_latest) > MOST_KEPT:
-            _latest.popitem(last=False)
-    return update
+    if key not in _shared:
+        _shared[key] = Update(*fixed, **options)
+    _shared.move_to_end(key)
+    while len(_shared) > MOST_SHARED:
+        _shared.popitem(last=False)
+    return _shared[key]
 
 
 class Program:
@@ -185,8 +182,10 @@ class Program:
         self.handles = state
         if not update.is_inlined:
             self.handles = tf.nest.map_structure(lambda v: v.handle, state)
-        # With the variables: passing so many arguments from Python takes long.
+        # With the variables, as passing so many arguments from Python takes long. The
+        # first call doesn't wait until it is traced.
         self.whole_function = function_of(self._run)
+        self._has_run = update.is_inlined
 
     @property
     def device(self) -> str:
@@ -200,8 +199,10 @@ class Program:
         matrix_steps: dict | None,
     ) -> stages.Outcome:
         """Updates the variables."""
-        is_apart = tf.executing_eagerly() or self.update.is_inlined
-        run = self.whole_function if is_apart else self._run
+        run = self._run
+        if self.update.is_inlined or tf.executing_eagerly():
+            run = self.whole_function if self._has_run else run
+            self._has_run = True
         with tf.device(self.device):
             found = run(self._own(gradients), plain(scalars), totals, matrix_steps)
         return stages.Outcome(*found)
@@ -255,7 +256,6 @@ def function_of(python_function: Callable, **options: Any) -> Callable:
     """A `tf.function`; each is traced once for many reasons, and not again."""
     function = tf.function(python_function, autograph=False, **options)
     # Every optimizer traces this code once: that isn't retracing.
-    private_names.attribute(function, "_omit_frequent_tracing_warning")
     function._omit_frequent_tracing_warning = True
     return function
 
@@ -274,8 +274,11 @@ def _rows(gradient: Any) -> Any:
 
 def _read(handle: Any, kind: Kind) -> tf.Tensor:
     if isinstance(handle, tf.Variable):
-        return tf.ensure_shape(tf.convert_to_tensor(handle), kind.shape)
-    value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=kind.dtype)
+        value = tf.convert_to_tensor(handle)
+    else:
+        value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=kind.dtype)
+    if value.shape.is_fully_defined():
+        return value
     return tf.ensure_shape(value, kind.shape)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_effopt.engine import is_sparse
+from tf_effopt.engine import is_sparse, private_names
 
 
 def all_reduce(gradients: list[Any]) -> list[Any]:
@@ -79,7 +79,7 @@ def cast(gradient: Any, dtype: Any) -> Any:
 
 def _needs_no_collective(strategy: Any) -> bool:
     one_host = isinstance(strategy, tf.distribute.MirroredStrategy)
-    only_collectives = tf.__internal__.distribute.strategy_supports_no_merge_call
+    only_collectives = private_names.MERGE_CALL.get()
     return one_host and not only_collectives()
 
 
@@ -107,7 +107,7 @@ def _reduce_on_this_host(strategy: Any, gradients: list[Any]) -> list[Any]:
 
 def _reducer(strategy: Any) -> Any:
     """The strategy's own cross-device operation, where it can be called here."""
-    own = strategy.extended._cross_device_ops
+    own = private_names.attribute(strategy.extended, "_cross_device_ops")
     devices = strategy.extended.worker_devices
     # TensorFlow's hierarchical copy makes two groups of equal size: of an odd
     # number of devices it leaves out the last one.

@@ -388,8 +388,8 @@ def _tf_variable(variable: Any) -> tf.Variable:
 def _local(variable: Any) -> tf.Variable:
     """This replica's own component of a variable."""
     variable = _tf_variable(variable)
-    if hasattr(variable, "_get_on_device_or_primary"):
-        return variable._get_on_device_or_primary()
+    if isinstance(variable, tf.distribute.DistributedValues):
+        return private_names.attribute(variable, "_get_on_device_or_primary")()
     return variable
 
 

@@ -7,11 +7,14 @@ can't compile them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
-from tensorflow.python.eager import context  # There is no public name for it.
+from tf_effopt.engine import private_names
+
+_context = functools.cache(private_names.EAGER_CONTEXT.get)
 
 
 def watchers() -> tuple[Callable, ...]:
     """What TensorFlow calls for each operation of this thread."""
-    return tuple(getattr(context.context(), "op_callbacks", ()))
+    return tuple(private_names.attribute(_context()(), "op_callbacks"))

@@ -12,10 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-# Private: what TensorFlow's strategies are made of.
-from tensorflow.compiler.tf2xla.ops import gen_xla_ops
-from tensorflow.python.distribute.one_device_strategy import OneDeviceExtended
-
+from tf_effopt.engine import private_names
 from tf_effopt.tpu.compiler import CompileError
 
 
@@ -33,7 +30,7 @@ class ProgramStrategy(tf.distribute.Strategy):
         return [] if any(x is None for x in sums) else sums
 
 
-class _Extended(OneDeviceExtended):
+class _Extended(private_names.ONE_DEVICE.get()):
     def __init__(self, strategy: ProgramStrategy, replicas: int):
         # Where variables are made and the function is traced.
         super().__init__(strategy, "/device:CPU:0")
@@ -54,7 +51,7 @@ class _Extended(OneDeviceExtended):
 
     def _call_for_each_replica(self, fn: Callable, args: Any, kwargs: Any) -> Any:
         strategy = self._container_strategy()
-        number = gen_xla_ops.xla_replica_id()
+        number = private_names.XLA_REPLICA.get()()
         with tf.distribute.ReplicaContext(strategy, number):
             return fn(*args, **kwargs)
 
@@ -70,7 +67,7 @@ class _Extended(OneDeviceExtended):
                     "A TPU can't sum float64 over its devices: make the model's weights "
                     "float32 or bfloat16."
                 )
-            total = gen_xla_ops.xla_all_reduce(x, group, "Add", "CrossReplica")
+            total = private_names.XLA_ALL_REDUCE.get()(x, group, "Add", "CrossReplica")
             self.sums[x.ref()] = total
             mean = reduce_op == tf.distribute.ReduceOp.MEAN
             return total / self._replicas if mean else total
