@@ -125,23 +125,25 @@ def clipped_gradients(
     if plan.clip is None:
         return gradients
     arguments = Arguments(plan, inputs.scalars)
+    factors: dict[tuple, Any] = {}  # one pair for all gradients that are scaled alike
     clipped = []
     for v, g in zip(inputs.variables, gradients, strict=True):
         if g is None:
             clipped.append(None)
             continue
-        limit = arguments.number(OPTIMIZER, plan.clip, v.compute_dtype)
+        dtype = v.compute_dtype
+        limit = arguments.number(OPTIMIZER, plan.clip, dtype)
         if plan.clip == "clipvalue":
             clip = functools.partial(clipping.clip_by_value, clipvalue=limit)
         else:
             squared, shrunk = next(norms)
-            root = clipping.root_of_factor(limit, squared, shrunk)
-            clip = functools.partial(
-                clipping.clip_by_norm,
-                norm=ops.cast(ops.sqrt(squared), v.compute_dtype),
-                clipnorm=limit,
-                root=ops.cast(root, v.compute_dtype),
-            )
+            key = id(squared), dtype
+            if key not in factors:
+                root = clipping.root_of_factor(limit, squared, shrunk)
+                norm, root = (ops.cast(x, dtype) for x in (ops.sqrt(squared), root))
+                factors[key] = clipping.factors(norm, limit, root)
+            first, second = factors[key]
+            clip = functools.partial(clipping.multiplied, first=first, second=second)
         clipped.append(_elementwise(clip, g))
     return clipped
 

@@ -57,28 +57,30 @@ def clip_by_value(g: Any, clipvalue: Any) -> Any:
     return ops.clip(g, -clipvalue, clipvalue)
 
 
-def clip_by_norm(g: Any, norm: Any, clipnorm: Any, root: Any) -> Any:
-    """Returns `g`, scaled so that `norm` becomes at most `clipnorm`.
+def factors(norm: Any, clipnorm: Any, root: Any) -> tuple[Any, Any]:
+    """Returns the two factors of gradients that make `norm` at most `clipnorm`.
 
     Args:
-        g: gradient.
-        norm: scalar, the norm of `g`, or of all gradients together.
+        norm: scalar, of one gradient, or of all together.
         clipnorm: scalar, the largest norm allowed.
         root: scalar, what `root_of_factor` returns.
     """
-    factor = clipnorm / ops.maximum(norm, clipnorm)
-    return scaled(g, factor, root)
+    return divided(clipnorm / ops.maximum(norm, clipnorm), root)
 
 
-def scaled(g: Any, factor: Any, root: Any) -> Any:
-    """Returns `g` times `factor`, or, unless it is 0, times `root` squared.
+def divided(factor: Any, root: Any) -> tuple[Any, Any]:
+    """Returns 1 and `factor`, or, unless it is 0, `root` and `root`.
 
     The quotient of two norms may be too small a number for float32.
     """
     one = ops.ones_like(root)
     overflowed = root > 0
-    second = ops.where(overflowed, root, factor)
-    return g * ops.where(overflowed, root, one) * second
+    return ops.where(overflowed, root, one), ops.where(overflowed, root, factor)
+
+
+def multiplied(g: Any, *, first: Any, second: Any) -> Any:
+    """Returns `g` times two factors, one after the other."""
+    return g * first * second
 
 
 def root_of_factor(limit: Any, squared: Any, shrunk: Any) -> Any:

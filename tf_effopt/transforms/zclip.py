@@ -54,16 +54,12 @@ def clipping_factor(sums, slots, *, z_threshold, decay, warmup_steps):
         clipped, sums["squared_norm"], sums["shrunk_squared_norm"]
     )
     root = ops.where(spikes, root, ops.zeros_like(root))
-    return {"factor": factor, "root": root}, {
+    first, second = clipping.divided(factor, root)
+    return {"first": first, "second": second}, {
         "seen": ops.minimum(seen + 1, warmup_steps),
         "mean": new_mean,
         "variance": new_variance,
     }
-
-
-def scaled(g, *, factor, root):
-    """Returns `g` times the model's clipping factor."""
-    return clipping.scaled(g, factor, root)
 
 
 class ZClip(Transform):
@@ -111,7 +107,7 @@ class ZClip(Transform):
         },
         measure=measure_squared_norm,
     )
-    before = staticmethod(scaled)
+    before = staticmethod(clipping.multiplied)
     clips = True
     z_threshold = Positive()
     decay = DecayRate()
