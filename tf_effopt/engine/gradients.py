@@ -118,34 +118,26 @@ def accumulate(
 
 
 def clipped_gradients(
-    inputs: Inputs, gradients: list[Any], norms: Iterator[tuple[Any, Any]] | None
+    inputs: Inputs, gradients: list[Any], factors: Iterator[tuple[Any, Any]] | None
 ) -> list[Any]:
-    """Stage 5; `norms` yields for each gradient what `root_of_factor` looks at."""
+    """Stage 5; `factors` yields for each gradient those that clip it by a norm."""
     plan = inputs.plan
     if plan.clip is None:
         return gradients
     arguments = Arguments(plan, inputs.scalars)
-    factors: dict[tuple, Any] = {}  # one pair for all gradients that are scaled alike
-    clipped = []
-    for v, g in zip(inputs.variables, gradients, strict=True):
+
+    def clipped(v: TrainedVariable, g: Any) -> Any:
         if g is None:
-            clipped.append(None)
-            continue
-        dtype = v.compute_dtype
-        limit = arguments.number(OPTIMIZER, plan.clip, dtype)
+            return None
         if plan.clip == "clipvalue":
-            clip = functools.partial(clipping.clip_by_value, clipvalue=limit)
-        else:
-            squared, shrunk = next(norms)
-            key = id(squared), dtype
-            if key not in factors:
-                root = clipping.root_of_factor(limit, squared, shrunk)
-                norm, root = (ops.cast(x, dtype) for x in (ops.sqrt(squared), root))
-                factors[key] = clipping.factors(norm, limit, root)
-            first, second = factors[key]
-            clip = functools.partial(clipping.multiplied, first=first, second=second)
-        clipped.append(_elementwise(clip, g))
-    return clipped
+            limit = arguments.number(OPTIMIZER, plan.clip, v.compute_dtype)
+            return _elementwise(lambda x: clipping.clip_by_value(x, limit), g)
+        first, second = (ops.cast(x, v.compute_dtype) for x in next(factors))
+        return _elementwise(
+            lambda x: clipping.multiplied(x, first=first, second=second), g
+        )
+
+    return list(map(clipped, inputs.variables, gradients))
 
 
 class Transformed:
@@ -271,10 +263,12 @@ class Transformed:
 
     def _shrunk(self) -> list[Any]:
         wide = self.inputs.scalar_dtype
-        gradients = [None if g is None else ops.cast(g, wide) for g in self.gradients]
+        factor = clipping.shrinking(self._overflows, wide)
         return [
-            None if g is None else clipping.shrunk(g, self._overflows)
-            for g in gradients
+            None
+            if g is None
+            else clipping.shrunk(ops.cast(g, wide), self._overflows, factor)
+            for g in self.gradients
         ]
 
     def _sums_of(

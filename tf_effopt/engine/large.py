@@ -52,25 +52,35 @@ class LargeGradient:
         self._measured = measured
         self._total = total
         self.overflows = ops.logical_not(ops.isfinite(total))
-        self._squares = self._shrunk_squares()
+        self._shrunk = self._shrunk_squares()
         self._shrunk_total = inputs.total(SHRUNK, self.shrunk)["total"]
 
     def shrunk(self) -> dict[str, Any]:
         """What this device's tensors add to the phase `SHRUNK`."""
-        return {"total": sum_of(self._squares, self.inputs.scalar_dtype)}
+        return {"total": ops.sum(self._shrunk)}
 
-    def norms(self) -> Iterator[tuple[Any, Any]]:
-        """For each gradient the square that clipping looks at, as it is and shrunk."""
-        if self.inputs.plan.clip == "clipnorm":
-            return zip(self._measured, self._squares, strict=True)
-        return itertools.repeat((self._total, self._shrunk_total))
+    def factors(self) -> Iterator[tuple[Any, Any]]:
+        """For each gradient the two factors that clip it by a norm."""
+        count = len(self._measured)
+        if self.inputs.plan.clip == "clipnorm" and count:
+            # As vectors: each operation on each scalar would have to be compiled.
+            both = self._factors_of(self._squares(), self._shrunk)
+            return zip(*(ops.unstack(x, count) for x in both), strict=True)
+        return itertools.repeat(self._factors_of(self._total, self._shrunk_total))
+
+    def _factors_of(self, squares: Any, shrunk: Any) -> tuple[Any, Any]:
+        """Of a squared norm, or a vector of them, and the same shrunk."""
+        limit = self._limit()
+        root = clipping.root_of_factor(limit, squares, shrunk)
+        return clipping.factors(ops.sqrt(squares), limit, root)
 
     def clipped(self) -> dict[str, Any]:
         """What this device's tensors add to the phase `CLIPPED`: squares."""
         dtype = self.inputs.scalar_dtype
         if self.inputs.plan.needs_norms:
-            squares = [self._at_most_limit(x) for x in self._measured]
-            return {"total": sum_of(squares, dtype)}
+            if not self._measured:
+                return {"total": ops.zeros((), dtype)}
+            return {"total": ops.sum(self._at_most_limit(self._squares()))}
         is_finite = ops.isfinite(self._shrunk_total)
         return {
             "total": ops.cond(
@@ -91,48 +101,53 @@ class LargeGradient:
     def transformed(self, gradients: list[Any]) -> Transformed:
         """The gradients, clipped, to be transformed."""
         plan = self.inputs.plan
-        norms = self.norms() if plan.needs_norms else None
-        clipped = clipped_gradients(self.inputs, gradients, norms)
+        factors = self.factors() if plan.needs_norms else None
+        clipped = clipped_gradients(self.inputs, gradients, factors)
         # What was clipped isn't large any more.
         overflows = self.overflows if plan.clip is None else None
         return Transformed(self.inputs, clipped, overflows)
 
+    def _limit(self) -> Any:
+        arguments = Arguments(self.inputs.plan, self.inputs.scalars)
+        plan, dtype = self.inputs.plan, self.inputs.scalar_dtype
+        return arguments.number(OPTIMIZER, plan.clip, dtype)
+
+    def _squares(self) -> Any:
+        """The squared norms as they were measured, as a vector."""
+        dtype = self.inputs.scalar_dtype
+        return ops.stack([ops.cast(x, dtype) for x in self._measured])
+
     def _at_most_limit(self, square: Any) -> Any:
-        inputs = self.inputs
-        dtype = inputs.scalar_dtype
-        arguments = Arguments(inputs.plan, inputs.scalars)
-        limit = arguments.number(OPTIMIZER, inputs.plan.clip, dtype)
-        norm = ops.sqrt(ops.cast(square, dtype))
+        limit = self._limit()
+        norm = ops.sqrt(ops.cast(square, self.inputs.scalar_dtype))
         # XLA may square a constant factor of a gradient apart from it, which makes NaN
         # of what overflows.
         below = ops.where(ops.isnan(norm), limit, ops.minimum(norm, limit))
         return ops.square(below)
 
-    def _shrunk_squares(self) -> list[Any]:
-        """One number for each gradient if each is clipped by its norm; else one."""
-        inputs = self.inputs
+    def _shrunk_squares(self) -> Any:
+        """A vector: of each gradient, if each is clipped by its norm; else of all."""
+        inputs, dtype = self.inputs, self.inputs.scalar_dtype
         alone = inputs.plan.clip == "clipnorm"
-        pairs = zip(inputs.variables, inputs.gradients, strict=True)
-        dtypes = [v.compute_dtype for v, g in pairs if g is not None]
-        if not alone:
-            dtypes = [inputs.scalar_dtype]
-        if not dtypes:
-            return []
+        if not self._measured:
+            return ops.zeros((1,), dtype)
 
         # From the gradients as they are: what is made of them for the update needs
         # no memory then, as it has to if it enters a branch.
-        def look() -> list[Any]:
+        def look() -> Any:
             seen = _dense(accumulated(inputs, unscaled(inputs)))
+            factor = clipping.shrinking(self.overflows, dtype)
+            seen = [ops.cast(g, dtype) for g in seen]
+            seen = [clipping.shrunk(g, self.overflows, factor) for g in seen]
             if not alone:
-                seen = [ops.cast(g, inputs.scalar_dtype) for g in seen]
-            seen = [clipping.shrunk(g, self.overflows) for g in seen]
-            if alone:
-                return [clipping.squared_norm(g) for g in seen]
-            return [_sum_of_squares(seen, inputs.scalar_dtype)]
+                return ops.reshape(_sum_of_squares(seen, dtype), (1,))
+            return ops.stack([clipping.squared_norm(g) for g in seen])
 
-        return ops.cond(
-            self.overflows, look, lambda: [ops.zeros((), x) for x in dtypes]
-        )
+        def nothing() -> Any:
+            return ops.zeros((len(self._measured) if alone else 1,), dtype)
+
+        # One vector: XLA takes long for a branch with many results.
+        return ops.cond(self.overflows, look, nothing)
 
     def _clipped_squares(self) -> Any:
         inputs = self.inputs

@@ -61,21 +61,21 @@ def factors(norm: Any, clipnorm: Any, root: Any) -> tuple[Any, Any]:
     """Returns the two factors of gradients that make `norm` at most `clipnorm`.
 
     Args:
-        norm: scalar, of one gradient, or of all together.
+        norm: scalar, of one gradient, or of all together; or a vector of such.
         clipnorm: scalar, the largest norm allowed.
-        root: scalar, what `root_of_factor` returns.
+        root: what `root_of_factor` returns.
     """
     return divided(clipnorm / ops.maximum(norm, clipnorm), root)
 
 
 def divided(factor: Any, root: Any) -> tuple[Any, Any]:
-    """Returns 1 and `factor`, or, unless it is 0, `root` and `root`.
+    """Returns 1 and `factor`, or, unless `root` is 0, `root` and `root`.
 
     The quotient of two norms may be too small a number for float32.
     """
-    one = ops.ones_like(root)
     overflowed = root > 0
-    return ops.where(overflowed, root, one), ops.where(overflowed, root, factor)
+    first = ops.where(overflowed, root, ops.ones_like(factor))
+    return first, ops.where(overflowed, root, factor)
 
 
 def multiplied(g: Any, *, first: Any, second: Any) -> Any:
@@ -100,16 +100,24 @@ def root_of_factor(limit: Any, squared: Any, shrunk: Any) -> Any:
     )
 
 
-def shrunk(g: Any, overflows: Any) -> Any:
-    """Returns `g` times `shrink(g)`, to be squared, if `overflows` is true.
+def shrunk(g: Any, overflows: Any, factor: Any) -> Any:
+    """Returns `g` times `factor`, to be squared, if `overflows` is true; else 0.
 
-    The factor is no constant: XLA may square that, and `g`, and multiply the squares. So
-    it may with a constant factor in `g` itself, such as a loss weight; it doesn't move
-    one out of a choice. If `overflows` is false this is 0.
+    Args:
+        factor: what `shrinking` returns.
     """
-    one = ops.ones((), g.dtype)
-    chosen = ops.where(overflows, g, ops.zeros_like(g))
-    return chosen * ops.where(overflows, shrink(g) * one, one)
+    return ops.where(overflows, g, ops.zeros_like(g)) * factor
+
+
+def shrinking(overflows: Any, dtype: str) -> Any:
+    """Returns what shrinks tensors of a dtype if `overflows` is true, or 1.
+
+    It is no constant: XLA may square that, and `g`, and multiply the squares. So
+    it may with a constant factor in `g` itself, such as a loss weight; it doesn't move
+    one out of a choice.
+    """
+    one = ops.ones((), dtype)
+    return ops.where(overflows, SHRINK[dtype] * one, one)
 
 
 def shrink(x: Any) -> float:
