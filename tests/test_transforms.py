@@ -460,7 +460,11 @@ def test_state_of_other_devices_counts(tmp_path):
         ((key, (program,)),) = together._engine._programs.items()
         engine._programs[key] = [
             Program(
-                dataclasses.replace(program.update, variables=[engine.variables[i]]),
+                dataclasses.replace(
+                    program.update,
+                    variables=[engine.variables[i]],
+                    kinds=[program.update.kinds[i]],
+                ),
                 tf.nest.map_structure(lambda v: v.value, [engine.state[i]]),
                 [i],
             )
