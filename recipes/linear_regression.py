@@ -332,7 +332,7 @@ class Trainer:
         self.model.fit(
             self.batches(test.steps),
             steps_per_epoch=test.steps,
-            shuffle=False,  # The batches are.
+            shuffle=False,  # The batches are shuffled.
             callbacks=[test],
             verbose=0,
         )

@@ -34,7 +34,7 @@ def is_private(name: str) -> bool:
 
 
 def defined() -> set[str]:
-    """The names that this package gives: functions, classes, attributes of its own."""
+    """The names of this package's own functions, classes and attributes."""
     names = set()
     for _, tree in trees():
         for node in ast.walk(tree):

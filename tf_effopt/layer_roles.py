@@ -402,10 +402,8 @@ def _heads(model: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(layer, keras.Model):
             yield from _heads(layer)
         elif isinstance(layer, keras.layers.Embedding):
-            yield (
-                name,
-                private_names.attribute(layer, "_embeddings"),
-            )  # tied, and so not trained as a head
+            # Tied, and so not trained as an output layer.
+            yield name, private_names.attribute(layer, "_embeddings")
         elif layer is None:
             yield name, None
         else:

@@ -22,7 +22,6 @@ from tf_effopt.distribute import (
     whole_batches,
 )
 from tf_effopt.distribute.tf_config import named_workers
-from tf_effopt.engine import private_names
 from tf_effopt.engine.keras_hooks import sublayers
 
 REPLACED = (  # methods of a model
@@ -120,7 +119,7 @@ def prepare(model: keras.Model) -> keras.Model:
                 stacklevel=2,
             )
         return model
-    private_names.check()  # before anything is replaced
+    hooks.check()  # before anything is replaced
     shares.install()
     whole_batches.kept(strategy)
     adapter = _Adapter(model, strategy)

@@ -77,3 +77,19 @@ def of_first_replica(spec: Any) -> Any:
     if not isinstance(spec, private_names.PER_REPLICA_SPEC.get()):
         return spec
     return private_names.attribute(spec, "_component_specs")[0]
+
+
+@functools.cache
+def check() -> None:
+    """Raises an error that names what `prepare` uses and the packages don't have.
+
+    Raises:
+        RuntimeError: private names are missing.
+    """
+    names = (
+        private_names.EPOCH_ITERATOR,
+        private_names.GLOBAL_ATTRIBUTE,
+        private_names.LAUNCHER,
+        private_names.PER_REPLICA_SPEC,
+    )
+    private_names.check([*OF_LOSSES, *names], private_names.MODEL)

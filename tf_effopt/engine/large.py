@@ -52,6 +52,8 @@ class LargeGradient:
         self._measured = measured
         self._total = total
         self.overflows = ops.logical_not(ops.isfinite(total))
+        if inputs.plan.clip == "clipnorm":
+            self._squares = self._vector(measured)
         self._shrunk = self._shrunk_squares()
         self._shrunk_total = inputs.total(SHRUNK, self.shrunk)["total"]
 
@@ -61,11 +63,10 @@ class LargeGradient:
 
     def factors(self) -> Iterator[tuple[Any, Any]]:
         """For each gradient the two factors that clip it by a norm."""
-        count = len(self._measured)
-        if self.inputs.plan.clip == "clipnorm" and count:
+        if self.inputs.plan.clip == "clipnorm":
             # As vectors: each operation on each scalar would have to be compiled.
-            both = self._factors_of(self._squares(), self._shrunk)
-            return zip(*(ops.unstack(x, count) for x in both), strict=True)
+            both = self._factors_of(self._squares, self._shrunk)
+            return zip(*map(ops.unstack, both), strict=True)
         return itertools.repeat(self._factors_of(self._total, self._shrunk_total))
 
     def _factors_of(self, squares: Any, shrunk: Any) -> tuple[Any, Any]:
@@ -77,10 +78,8 @@ class LargeGradient:
     def clipped(self) -> dict[str, Any]:
         """What this device's tensors add to the phase `CLIPPED`: squares."""
         dtype = self.inputs.scalar_dtype
-        if self.inputs.plan.needs_norms:
-            if not self._measured:
-                return {"total": ops.zeros((), dtype)}
-            return {"total": ops.sum(self._at_most_limit(self._squares()))}
+        if self.inputs.plan.clip == "clipnorm":
+            return {"total": ops.sum(self._at_most_limit(self._squares))}
         is_finite = ops.isfinite(self._shrunk_total)
         return {
             "total": ops.cond(
@@ -112,10 +111,10 @@ class LargeGradient:
         plan, dtype = self.inputs.plan, self.inputs.scalar_dtype
         return arguments.number(OPTIMIZER, plan.clip, dtype)
 
-    def _squares(self) -> Any:
-        """The squared norms as they were measured, as a vector."""
+    def _vector(self, numbers: list[Any]) -> Any:
+        """Numbers, one for each gradient, as a vector; a zero if there are none."""
         dtype = self.inputs.scalar_dtype
-        return ops.stack([ops.cast(x, dtype) for x in self._measured])
+        return ops.stack([ops.cast(x, dtype) for x in numbers or [ops.zeros(())]])
 
     def _at_most_limit(self, square: Any) -> Any:
         limit = self._limit()
@@ -129,25 +128,21 @@ class LargeGradient:
         """A vector: of each gradient, if each is clipped by its norm; else of all."""
         inputs, dtype = self.inputs, self.inputs.scalar_dtype
         alone = inputs.plan.clip == "clipnorm"
-        if not self._measured:
-            return ops.zeros((1,), dtype)
+        count = len(self._measured) if alone else 1
 
         # From the gradients as they are: what is made of them for the update needs
         # no memory then, as it has to if it enters a branch.
         def look() -> Any:
-            seen = _dense(accumulated(inputs, unscaled(inputs)))
             factor = clipping.shrinking(self.overflows, dtype)
-            seen = [ops.cast(g, dtype) for g in seen]
-            seen = [clipping.shrunk(g, self.overflows, factor) for g in seen]
-            if not alone:
-                return ops.reshape(_sum_of_squares(seen, dtype), (1,))
-            return ops.stack([clipping.squared_norm(g) for g in seen])
-
-        def nothing() -> Any:
-            return ops.zeros((len(self._measured) if alone else 1,), dtype)
+            seen = [
+                clipping.shrunk(ops.cast(g, dtype), self.overflows, factor)
+                for g in _dense(accumulated(inputs, unscaled(inputs)))
+            ]
+            groups = [[g] for g in seen] if alone else [seen]
+            return self._vector([_sum_of_squares(group, dtype) for group in groups])
 
         # One vector: XLA takes long for a branch with many results.
-        return ops.cond(self.overflows, look, nothing)
+        return ops.cond(self.overflows, look, lambda: ops.zeros((count or 1,), dtype))
 
     def _clipped_squares(self) -> Any:
         inputs = self.inputs

@@ -203,16 +203,18 @@ def _mirrored() -> Any:
     return _tensorflow().distribute.MirroredStrategy(["CPU:0"]).extended
 
 
+# What `prepare` replaces, and asks of the class.
+MODEL = Attributes(
+    "Model",
+    ("_make_function", "_maybe_symbolic_build", "_symbolic_build"),
+    lambda: keras.Model,
+)
 OF_TENSORFLOW = [
+    MODEL,
     Attributes(
         "Optimizer",
         ("_handle_deferred_dependencies", "_lookup_dependency", "_trackable_children"),
         lambda: keras.optimizers.Optimizer(0.1),
-    ),
-    Attributes(
-        "Model",
-        ("_make_function", "_maybe_symbolic_build", "_symbolic_build"),
-        keras.Model,
     ),
     Attributes("TFEpochIterator", ("_distributed_dataset",), _epoch_iterator),
     Attributes(
@@ -268,24 +270,28 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
         raise RuntimeError(message(absent))
 
 
-def check() -> None:
-    """Raises an error that names the functions that the installed packages don't have.
+def check(names: list[PrivateName], kind: Attributes) -> None:
+    """Raises an error that names what the installed packages don't have.
 
     Raises:
-        RuntimeError: names of this list are missing.
+        RuntimeError: some of `names`, of `kind` or of a layer's call are missing.
     """
-    if absent := _missing_names():
+    absent = [repr(name) for name in names if not name.exists()]
+    if absent := absent + kind.missing() + _missing_context():
         raise RuntimeError(message(absent))
 
 
 def missing() -> list[str]:
     """The names of this list that the installed packages don't have."""
-    absent = _missing_names()
+    names = [NAMES_OF_OPTIMIZERS, GLOBAL_ATTRIBUTE]
     is_tensorflow = keras.backend.backend() == "tensorflow"
+    if is_tensorflow:
+        names = [x for x in globals().values() if isinstance(x, PrivateName)]
+    absent = [repr(name) for name in names if not name.exists()]
     for kind in [*OF_KERAS, *(OF_TENSORFLOW if is_tensorflow else ())]:
         try:
             absent += kind.missing()
-        except RuntimeError:  # Of a class that is missing itself, which was named.
+        except RuntimeError:  # The class itself is missing, and was named.
             continue
     if "skip_mismatch" not in inspect.signature(keras.Model.load_weights).parameters:
         absent.append("Model.load_weights(skip_mismatch)")
@@ -293,13 +299,6 @@ def missing() -> list[str]:
     if keras.backend.backend() == "jax" and not syncs:
         absent.append(f"Model.{' or '.join(STATE_SYNC)}")
     return absent + _missing_context()
-
-
-def _missing_names() -> list[str]:
-    names = [NAMES_OF_OPTIMIZERS, GLOBAL_ATTRIBUTE]
-    if keras.backend.backend() == "tensorflow":
-        names = [x for x in globals().values() if isinstance(x, PrivateName)]
-    return [repr(name) for name in names if not name.exists()]
 
 
 def _missing_context() -> list[str]:

@@ -154,9 +154,9 @@ def shared_update(
     ]
     fixed = [device, plan, variables, kinds]
     whole = [*fixed, options, watchers(), keras.config.floatx()]
-    if not is_own(whole):
-        return Update(*fixed, **options)
     key = structure(whole)
+    if not is_own(key):
+        return Update(*fixed, **options)
     if key not in _shared:
         _shared[key] = Update(*fixed, **options)
     _shared.move_to_end(key)
@@ -177,7 +177,6 @@ class Program:
 
     def __init__(self, update: Update, state: list[dict], positions: list[int | None]):
         self.update = update
-        self.state = state
         self.positions = positions
         self.handles = state
         if not update.is_inlined:
@@ -253,7 +252,7 @@ class Program:
 
 
 def function_of(python_function: Callable, **options: Any) -> Callable:
-    """A `tf.function`; each is traced once for many reasons, and not again."""
+    """A `tf.function` without autograph, and without a warning of many traces."""
     function = tf.function(python_function, autograph=False, **options)
     # Every optimizer traces this code once: that isn't retracing.
     function._omit_frequent_tracing_warning = True

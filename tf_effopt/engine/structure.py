@@ -13,8 +13,6 @@ import numpy as np
 
 from tf_effopt.hyperparameters import Hyperparameter
 
-PACKAGES = ("tf_effopt", "keras")
-
 
 def structure(x: Any) -> Hashable:
     """A key: two things with equal ones do the same in a compiled update.
@@ -39,50 +37,35 @@ def structure(x: Any) -> Hashable:
     if inspect.ismethod(x):
         return _Identity(x.__self__), x.__func__.__qualname__
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        return type(x), tuple(structure(value) for value in _fields(x))
-    if _is_of_keras(x):
+        fields = dataclasses.fields(x)
+        return type(x), tuple(structure(getattr(x, f.name)) for f in fields)
+    if _package(type(x)) == "keras" and hasattr(x, "get_config"):
         return type(x), structure(x.get_config())
     return _Identity(x)
 
 
-def is_own(x: Any) -> bool:
-    """Whether `x` is made of plain values and what belongs to this package or Keras.
+def is_own(key: Hashable) -> bool:
+    """Whether a `structure` has nothing of a user's in it, such as a function.
 
-    What isn't may hold a user's model, and mustn't be kept alive.
+    What a user has made may hold a model, and mustn't be kept alive.
     """
-    if x is None or isinstance(x, bool | int | float | str | bytes | np.ndarray):
-        return True
-    if isinstance(x, dict):
-        return all(is_own(k) and is_own(v) for k, v in x.items())
-    if isinstance(x, list | tuple | frozenset):
-        return all(map(is_own, x))
-    if isinstance(x, functools.partial):
-        return is_own((x.func, x.args, x.keywords))
-    if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        return all(map(is_own, _fields(x)))
-    if inspect.isfunction(x):
-        return _is_of(x.__module__, PACKAGES) and x.__closure__ is None
-    return isinstance(x, Hyperparameter) or _is_of_keras(x)
+    if isinstance(key, tuple | frozenset):
+        return all(map(is_own, key))
+    return not isinstance(key, _Identity) or key.is_own
 
 
-def _fields(x: Any) -> list[Any]:
-    return [getattr(x, field.name) for field in dataclasses.fields(x)]
-
-
-def _is_of(module: str, packages: tuple[str, ...]) -> bool:
-    return module.partition(".")[0] in packages
-
-
-def _is_of_keras(x: Any) -> bool:
-    """Whether `x` is an object of one of Keras's own classes, such as a constraint."""
-    is_of_keras = _is_of(type(x).__module__, ("keras",))
-    return is_of_keras and hasattr(x, "get_config") and not hasattr(x, "__wrapped__")
+def _package(x: Any) -> str:
+    return x.__module__.partition(".")[0]
 
 
 class _Identity:
     """An object as a key: equal to that of the same object, while it is alive."""
 
     def __init__(self, thing: Any):
+        self.is_own = isinstance(thing, Hyperparameter)
+        if inspect.isfunction(thing):
+            is_ours = _package(thing) in ("tf_effopt", "keras")
+            self.is_own = is_ours and thing.__closure__ is None
         self._hash = id(thing)
         try:
             self._get = weakref.ref(thing)

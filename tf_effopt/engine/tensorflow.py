@@ -294,7 +294,8 @@ class TensorFlowEngine(Engine):
                 self.plan,
                 variables,
                 state,
-                is_compiled=self.compiles_on(device, variables, state),
+                is_compiled=not is_inlined
+                and self.compiles_on(device, variables, state),
                 is_inlined=is_inlined,
                 stacks_matrices=not is_cpu or is_inlined,
                 replicas=self.strategy.num_replicas_in_sync,
@@ -305,8 +306,6 @@ class TensorFlowEngine(Engine):
 
     def compiles_on(self, device: str, variables: list, state: list[dict]) -> bool:
         """Whether XLA can run this optimizer's update on `device`."""
-        if _compiles_steps(self.strategy):
-            return False
         if watchers():
             # Nor is a trial made, whose result would outlast the watching.
             self._warn_of(device, "XLA can't compile the operations of `tf.debugging`")

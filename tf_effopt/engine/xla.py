@@ -71,7 +71,7 @@ def _is_known_to_compile(
     if tf.DeviceSpec.from_string(device).device_type != "CPU" or device_failure(device):
         return False
     rules = [(v.rule.function, v.constraint) for v in variables]
-    return is_own((rules, _functions_of(plan)))
+    return is_own(structure((rules, _functions_of(plan))))
 
 
 def _smallest_of_each_kind(variables: list[TrainedVariable]) -> dict[Hashable, int]:
