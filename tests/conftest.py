@@ -30,6 +30,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)  # which keeps the order within a file
 
 
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of its module
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    _forget_programs(item)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    _forget_programs(item)
+
+
+def _forget_programs(item: pytest.Item) -> None:
+    if item.get_closest_marker("fresh_programs"):
+        from tf_effopt.engine import programs
+
+        programs._shared.clear()
+
+
 def _is_among(item: pytest.Item, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(item.callspec.id, p) for p in patterns)
 

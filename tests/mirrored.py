@@ -22,6 +22,7 @@ import tensorflow as tf
 from cases import TRANSFORMS, programs_of, traces
 
 import tf_effopt
+from tf_effopt.engine import programs as shared
 from tf_effopt.engine import tensorflow as engine
 from tf_effopt.optimizers import muon
 
@@ -442,6 +443,7 @@ def optimizers_by_a_flag():
 
 def programs_per_replica():
     """Two programs for two replicas, each traced once in 8 steps."""
+    shared._shared.clear()  # those of other scenarios
     model = fit(2, adam(global_clipnorm=0.1, use_ema=True))
     programs = programs_of(model.optimizer)
     return {

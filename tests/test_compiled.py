@@ -16,6 +16,8 @@ from cases import CASES, KINDS, by_name, programs_of, traces
 
 from tf_effopt.engine.programs import plain
 
+pytestmark = pytest.mark.fresh_programs
+
 OPTIONS = {
     "plain": {},
     "all": {"global_clipnorm": 1.0, "weight_decay": 0.1, "use_ema": True},

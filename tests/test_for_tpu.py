@@ -14,6 +14,8 @@ from cases import CASES, TRANSFORMS, by_name
 from tf_effopt import Adam, AdamW, Group
 from tf_effopt.engine import gradients, stacks
 
+pytestmark = pytest.mark.fresh_programs
+
 SHAPES = {
     "scale_0": (8,),
     "kernel": (4, 8),

@@ -30,6 +30,8 @@ from tf_effopt.rules import Part, Slots
 from tf_effopt.selection import Trained
 from tf_effopt.transforms import Transform, ZClip
 
+pytestmark = pytest.mark.fresh_programs
+
 
 def variable(*values, name="w"):
     return keras.Variable(np.array(values, "float32"), name=name)

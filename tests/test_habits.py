@@ -17,7 +17,7 @@ from keras import ops
 
 import tf_effopt
 
-pytestmark = pytest.mark.versions
+pytestmark = [pytest.mark.versions, pytest.mark.fresh_programs]
 
 TOLERANCE = 2e-6
 schedules = keras.optimizers.schedules

@@ -15,15 +15,10 @@ import tf_effopt
 from tf_effopt.engine import programs
 from tf_effopt.transforms import AdaptiveClipping, GradientNoise
 
+pytestmark = pytest.mark.fresh_programs
+
 GRADIENT = np.linspace(-1.0, 2.0, 12).reshape(4, 3).astype("float32")
 factor = 1.0
-
-
-@pytest.fixture(autouse=True)
-def nothing_shared_before():
-    programs._shared.clear()
-    yield
-    programs._shared.clear()
 
 
 def variable(constraint=None, dtype="float32") -> keras.Variable:

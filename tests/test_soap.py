@@ -11,6 +11,8 @@ from keras import ops
 import tf_effopt
 from tf_effopt import linalg
 
+pytestmark = pytest.mark.fresh_programs
+
 SETTINGS = {"learning_rate": 0.02, "beta_1": 0.9, "beta_2": 0.99, "epsilon": 1e-4}
 
 

@@ -35,6 +35,8 @@ from tf_effopt.transforms import (
     ZClip,
 )
 
+pytestmark = pytest.mark.fresh_programs
+
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
 
 
