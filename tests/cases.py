@@ -1,4 +1,4 @@
-"""The optimizers, the transforms, and one small model, that several test files go over."""
+"""The optimizers, the stages, and one small model, that several test files go over."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import keras
 import numpy as np
 
 import tf_effopt
+from tf_effopt.averaging import Lookahead
 from tf_effopt.transforms import (
+    MARS,
     AdaptiveClipping,
     Cautious,
     GradientCentralization,
@@ -107,7 +109,19 @@ TRANSFORMS = {
     "gradient_noise": lambda: GradientNoise(0.01, seed=3),
     "gradient_centralization": GradientCentralization,
     "cautious": Cautious,
+    "mars": lambda: MARS(0.2, beta_1=0.8),
     "skip_spikes": lambda: SkipSpikes(factor=1.01, decay=0.5, warmup_steps=2),
+}
+
+AVERAGES = {"lookahead": lambda: Lookahead(period=3, step_size=0.6)}
+
+# Name -> arguments of an optimizer with one stage.
+STAGES = {
+    name: lambda make=make: {"transforms": [make()]}
+    for name, make in TRANSFORMS.items()
+}
+STAGES |= {
+    name: lambda make=make: {"averaging": make()} for name, make in AVERAGES.items()
 }
 
 rng = np.random.default_rng(0)

@@ -55,7 +55,7 @@ def library_run(name: str, dtype: str) -> Run:
     """
     trace, run = load_trace(name), Run()
     with floatx(dtype):
-        optimizer = getattr(tf_effopt, trace.class_name)(**trace.settings)
+        optimizer = getattr(tf_effopt, trace.class_name)(**made(trace.settings))
         variables = [
             keras.Variable(w, dtype=dtype, name=f"w{i}")
             for i, w in enumerate(trace.weights)
@@ -68,13 +68,30 @@ def library_run(name: str, dtype: str) -> Run:
             for total in trace.totals:
                 run.totals[total].append(float(numpy(named(optimizer, total))))
         run.slots = [
-            {v.name.partition("_")[2]: numpy(v) for v in tensors["slots"].values()}
+            {
+                v.name.partition("_")[2]: numpy(v)
+                for key, slots in tensors.items()
+                if key != "weight"
+                for v in slots.values()
+            }
             for tensors in optimizer._engine.state
         ]
         if trace.evaluated:
             optimizer.use_evaluation_weights()
             run.evaluated = [numpy(v) for v in variables]
     return run
+
+
+def made(settings: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's arguments, with the stages that a trace names."""
+    settings = dict(settings)
+    for argument in ("transforms", "averaging"):
+        if argument in settings:
+            settings[argument] = [
+                getattr(getattr(tf_effopt, argument), name)(**arguments)
+                for name, arguments in settings[argument]
+            ]
+    return settings
 
 
 def numpy(variable: Any) -> np.ndarray:

@@ -19,7 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
-from cases import TRANSFORMS, programs_of, traces
+from cases import STAGES, programs_of, traces
 
 import tf_effopt
 from tf_effopt.engine import programs as shared
@@ -369,9 +369,9 @@ def weights_for_evaluation():
     return {"difference": max(at_x, at_y), "replicas": replicas_differ(two)}
 
 
-def transform(name: str):
+def stage(name: str):
     """Before the rule and after it, what they see is equal on each replica."""
-    return lambda: compare(lambda: adam(transforms=[TRANSFORMS[name]()])())
+    return lambda: compare(lambda: adam(**STAGES[name]())())
 
 
 def other_reductions():
@@ -574,7 +574,7 @@ OURS = [
 SCENARIOS = {scenario.__name__: scenario for scenario in SHARED}
 if optimizers is tf_effopt:
     SCENARIOS |= {scenario.__name__: scenario for scenario in OURS}
-    SCENARIOS |= {f"transform_{name}": transform(name) for name in TRANSFORMS}
+    SCENARIOS |= {f"stage_{name}": stage(name) for name in STAGES}
 
 
 def main() -> None:

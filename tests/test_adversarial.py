@@ -17,7 +17,7 @@ import keras
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import BY_NAME, CASES, TRANSFORMS, by_name
+from cases import BY_NAME, CASES, STAGES, by_name
 from oracles import RULES, trajectory
 
 SHAPES = [(5, 4), (4,), (1,), (3, 2, 2)]
@@ -128,7 +128,7 @@ class Runner:
             v.assign(value)
         state = self.optimizer._engine.state
         for w, tensors, old in zip(weights, state, self.first, strict=True):
-            for slot in tensors["slots"].values():
+            for slot in tensors["rule"].values():
                 if slot.shape == w.shape and np.array_equal(slot.numpy(), old):
                     slot.assign(w)  # It starts at the weight.
 
@@ -144,8 +144,8 @@ class Runner:
         ):
             own = {"weight": variable}
             if self.stages.get("use_ema"):
-                own["average"] = tensors["average"]
-            for slot in tensors["slots"].values():
+                own["average"] = tensors["ema"]["average"]
+            for slot in tensors["rule"].values():
                 own[slot.name.partition("_")[2]] = slot
             found.append(own)
         return found
@@ -300,12 +300,12 @@ def test_the_average_of_weights(dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_transforms(name, dtype):
+@pytest.mark.parametrize("name", STAGES)
+def test_stages(name, dtype):
     """Against their own float64: `tests/test_transforms.py` tests what that is."""
     case = BY_NAME["nesterov"]
     runner, reference = (
-        Runner(case, of, transforms=[TRANSFORMS[name]()]) for of in (dtype, "float64")
+        Runner(case, of, **STAGES[name]()) for of in (dtype, "float64")
     )
     for size, are_zero in itertools.product(SIZES, (False, True)):
         if size > limits(dtype)[0]:

@@ -55,6 +55,7 @@ SHARED = {
     ),
     "lazy": SWITCH,
     "transforms": ("", []),  # has tests of its own
+    "averaging": ("", []),  # so has this
     "groups": ("", []),  # has tests of its own
 }
 BETAS = {"beta_1": DECAY_RATE, "beta_2": DECAY_RATE}

@@ -111,7 +111,7 @@ for case in CASES:
     w = keras.Variable(tf.ones((64, 32)))
     optimizer = case.make(use_ema=True, global_clipnorm=1.0)
     optimizer.apply([tf.ones((64, 32))], [w])
-    print(2 + len(optimizer._engine.state[0]["slots"]))
+    print(2 + len(optimizer._engine.state[0]["rule"]))
 """
 
 

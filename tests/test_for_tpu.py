@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import CASES, TRANSFORMS, by_name
+from cases import CASES, STAGES, by_name
 
 from tf_effopt import Adam, AdamW, Group
 from tf_effopt.engine import gradients, stacks
@@ -87,7 +87,7 @@ OPTIONS = [
             Group(["kernel", "other_kernel"], weight_decay=0.5),
         ]
     },
-    *(lambda t=transform: {"transforms": [t()]} for transform in TRANSFORMS.values()),
+    *STAGES.values(),
 ]
 
 

@@ -82,7 +82,9 @@ WITHOUT_EFFECT = {
 
 
 def other_than(value):
-    """Another value of a setting."""
+    """Another value of a setting, or of each argument of a stage."""
+    if isinstance(value, list):
+        return [[n, {k: other_than(x) for k, x in of.items()}] for n, of in value]
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):

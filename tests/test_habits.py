@@ -187,7 +187,7 @@ def test_every_number_can_change_without_tracing(
         tensors["weight"].assign([1.0, -2.0])
         for gradient in ([1.0, 2.0], [3.0, -1.0]):
             optimizer.apply([tf.constant(gradient)])
-        result = arrays([tensors["weight"], tensors["average"]])
+        result = arrays([tensors["weight"], tensors["ema"]["average"]])
         for variable, start in zip(optimizer.variables, initial, strict=True):
             variable.assign(start)
         return result
@@ -357,7 +357,7 @@ def test_apply_on_a_subset():
     assert [v.numpy()[0] for v in variables] == [0.375, 0.375]
     assert int(optimizer.iterations) == 3
     # The averages of all move with each update.
-    averages = [t["average"].numpy()[0] for t in optimizer._engine.state]
+    averages = [t["ema"]["average"].numpy()[0] for t in optimizer._engine.state]
     assert averages == [0.5625, 0.46875]
 
 

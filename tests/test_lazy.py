@@ -30,7 +30,7 @@ def lazy_run(case) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
         slices = tf.IndexedSlices(tf.constant(values), tf.constant(ids))
         optimizer.apply([slices], [w])
     (tensors,) = optimizer._engine.state
-    slots = {letter: slot.numpy() for letter, slot in tensors["slots"].items()}
+    slots = {letter: slot.numpy() for letter, slot in tensors["rule"].items()}
     return w.numpy(), slots
 
 
@@ -53,8 +53,8 @@ def run_row_by_row(case) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         optimizer._engine.set_missed(None)
     state = optimizer._engine.state
     slots = {
-        letter: np.stack([tensors["slots"][letter].numpy() for tensors in state])
-        for letter in state[0]["slots"]
+        letter: np.stack([tensors["rule"][letter].numpy() for tensors in state])
+        for letter in state[0]["rule"]
     }
     return np.stack(arrays(variables)), slots
 

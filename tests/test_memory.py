@@ -99,7 +99,7 @@ def test_adafactor_factors_only_where_it_saves():
     optimizer = tf_effopt.Adafactor()
     optimizer.build([keras.Variable(np.zeros(s, "float32")) for s in shapes])
     kept = [
-        sum(int(np.prod(v.shape)) for v in tensors["slots"].values())
+        sum(int(np.prod(v.shape)) for v in tensors["rule"].values())
         for tensors in optimizer._engine.state
     ]
     # Rows and columns of 3 x 4; of 5 x 3, twice.
@@ -110,7 +110,7 @@ def test_soap_keeps_two_matrices_for_each_short_axis():
     optimizer = tf_effopt.SOAP(max_precondition_dim=64)
     optimizer.build([keras.Variable(np.zeros(s)) for s in [(64, 100), (3, 2, 5), (9,)]])
     kept = [
-        sum(int(np.prod(v.shape)) for v in tensors["slots"].values())
+        sum(int(np.prod(v.shape)) for v in tensors["rule"].values())
         for tensors in optimizer._engine.state
     ]
     assert kept == [2 * 6400 + 2 * 64**2, 2 * 30 + 2 * (9 + 4 + 25), 2 * 9]

@@ -11,7 +11,7 @@ import sys
 
 import keras
 import pytest
-from cases import TRANSFORMS
+from cases import STAGES
 
 pytestmark = pytest.mark.versions
 
@@ -50,7 +50,7 @@ OURS = [
     "programs_per_replica",
     "mixed_strategies",
 ]
-OURS += [f"transform_{name}" for name in TRANSFORMS]
+OURS += [f"stage_{name}" for name in STAGES]
 FEW = [
     "plain",
     "global_clipnorm",
@@ -64,7 +64,9 @@ FEW = [
     "training_loop_without_build",
     "programs_per_replica",
     "mixed_strategies",
-    "transform_zclip",
+    "stage_zclip",
+    "stage_mars",
+    "stage_lookahead",
 ]
 # Not compared with one device, but looked at by other tests.
 LOOKED_AT = [

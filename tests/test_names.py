@@ -77,7 +77,7 @@ def chosen(optimizer) -> list:
             i in optimizer.undecayed,
             v.part,
             v.matrices,
-            sorted(v.transforms),
+            sorted(v.stages),
             len(v.learning_rate_multipliers),
             v.decay,
         )

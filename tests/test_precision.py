@@ -218,7 +218,7 @@ def test_compensation_keeps_what_was_lost():
     optimizer = BY_NAME["sgd"].make(learning_rate=2.0**-12, rounding="compensated")
     for _ in range(64):
         optimizer.apply([tf.ones(1, "bfloat16")], [w])
-    compensation = optimizer._engine.state[0]["compensation"]
+    compensation = optimizer._engine.state[0]["compensation"]["lost"]
     total = float(w.numpy()[0]) + float(compensation.numpy()[0])
     assert total == 1.0 - 64 * 2.0**-12
     assert abs(float(w.numpy()[0]) - total) <= 2.0**-9
@@ -338,7 +338,7 @@ def test_float64_weights_train_in_float64(case):
         optimizer._engine.state, expected, states, strict=True
     ):
         assert_near(tensors["weight"].numpy(), value, 1e-12)
-        for slot in tensors["slots"].values():
+        for slot in tensors["rule"].values():
             assert slot.dtype == "float64"
             name = next(name for name in state if slot.name.endswith(f"_{name}"))
             value = with_signs_of(state[name], slot.numpy(), name)
@@ -397,13 +397,13 @@ def test_state_has_the_promised_dtypes(case, weight, slots, average, compensatio
     )
     optimizer.build([keras.Variable([1.0], dtype=weight)])
     (tensors,) = optimizer._engine.state
-    assert {v.dtype for v in tensors["slots"].values()} <= {slots}
-    assert tensors["accumulator"].dtype == slots
-    assert tensors["average"].dtype == average
+    assert {v.dtype for v in tensors["rule"].values()} <= {slots}
+    assert tensors["accumulation"]["sum"].dtype == slots
+    assert tensors["ema"]["average"].dtype == average
     if compensation is None:
         assert "compensation" not in tensors
     else:
-        assert tensors["compensation"].dtype == compensation
+        assert tensors["compensation"]["lost"].dtype == compensation
 
 
 def test_weights_of_several_dtypes_train_together():

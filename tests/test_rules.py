@@ -61,11 +61,11 @@ def run(optimizer, weights, gradients, rates, dtype="float32"):
             variables,
         )
     slots = [
-        {v.name.partition("_")[2]: v.numpy() for v in tensors["slots"].values()}
+        {v.name.partition("_")[2]: v.numpy() for v in tensors["rule"].values()}
         for tensors in optimizer._engine.state
     ]
     averages = [
-        t["average"].numpy() if "average" in t else None
+        t["ema"]["average"].numpy() if "ema" in t else None
         for t in optimizer._engine.state
     ]
     return [v.numpy() for v in variables], slots, averages

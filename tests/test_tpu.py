@@ -108,6 +108,26 @@ def test_options_are_in_the_one_program():
 
 
 @needs_libtpu
+@pytest.mark.representatives("Adam", "Muon")
+@pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda c: c.__name__)
+def test_stages_with_slots_are_in_the_one_program(cls):
+    options = {
+        "transforms": [tf_effopt.transforms.MARS()],
+        "averaging": tf_effopt.averaging.Lookahead(),
+    }
+    found = tpu.compile_update(with_optimizer(cls, **options))
+    assert found.error is None
+    plain = tpu.compile_update(with_optimizer(cls))
+    trained = with_optimizer(cls)().trainable_variables
+    weights = sum(4 * v.value.shape.num_elements() for v in trained)
+    # One value per parameter each, written in place as all others.
+    assert found.state_bytes == plain.state_bytes + 2 * weights
+    assert found.alias_bytes >= plain.alias_bytes + 2 * weights
+    if found.is_read:
+        assert found.all_reduces == [["f32"]]
+
+
+@needs_libtpu
 def test_each_dtype_has_an_all_reduce_of_its_own():
     def make():
         return network(optimizer=tf_effopt.Adam(), dtype="bfloat16")

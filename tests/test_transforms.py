@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from cases import (
+    AVERAGES,
     BY_NAME,
     CASES,
+    STAGES,
     TRANSFORMS,
     X,
     Y,
@@ -23,7 +25,7 @@ from cases import (
     train,
 )
 
-from tf_effopt import SGD, Adam, random, transforms
+from tf_effopt import SGD, Adam, averaging, random, transforms
 from tf_effopt.engine.programs import Program
 from tf_effopt.transforms import (
     AdaptiveClipping,
@@ -37,12 +39,14 @@ from tf_effopt.transforms import (
 
 pytestmark = pytest.mark.fresh_programs
 
-every_transform = pytest.mark.parametrize("name", TRANSFORMS)
+every_stage = pytest.mark.parametrize("name", STAGES)
 
 
-def test_every_transform_is_in_the_table():
+def test_every_stage_is_in_the_table():
     classes = {type(make()).__name__ for make in TRANSFORMS.values()}
     assert classes | {"Transform"} == set(transforms.__all__)
+    classes = {type(make()).__name__ for make in AVERAGES.values()}
+    assert classes == set(averaging.__all__)
 
 
 def steps(gradients, *transforms, optimizer=None, start=0.0):
@@ -351,13 +355,14 @@ def test_wrong_arguments_are_refused(make):
 
 
 @functools.cache
-def trained(case: str, *transforms: str) -> tuple[np.ndarray, bool]:
+def trained(case: str, *stages: str) -> tuple[np.ndarray, bool]:
     """The weight at the end, and whether a step went along its gradient."""
     rng = np.random.default_rng(0)
     gradients = rng.normal(size=(8, 6, 4)).astype("float32")
     gradients[5] *= 100.0  # a spike
     w = keras.Variable(rng.normal(size=(6, 4)), dtype="float32", name="first")
-    optimizer = BY_NAME[case].make(transforms=[TRANSFORMS[x]() for x in transforms])
+    options = {k: x for name in stages for k, x in STAGES[name]().items()}
+    optimizer = BY_NAME[case].make(**options)
     along = False
     for g in gradients:
         before = w.numpy()
@@ -372,8 +377,10 @@ def trained(case: str, *transforms: str) -> tuple[np.ndarray, bool]:
     "lamb-zclip",
     "prodigy-skip_spikes",
     "schedule_free_adamw-cautious",
+    "muon-mars",
+    "schedule_free_adamw-lookahead",
 )
-@every_transform
+@every_stage
 @pytest.mark.parametrize("case", CASES, ids=by_name)
 def test_works_with_every_optimizer(case, name):
     changed, _ = trained(case.name, name)
@@ -384,14 +391,14 @@ def test_works_with_every_optimizer(case, name):
     assert np.allclose(changed, plain, atol=1e-5) == without_effect
 
 
-@pytest.mark.representatives("zclip", "gradient_centralization")
-@every_transform
+@pytest.mark.representatives("zclip", "mars", "lookahead")
+@every_stage
 def test_a_saved_model_goes_on_with_the_same_bits(name, tmp_path):
-    model = compiled_model(Adam(0.05, transforms=[TRANSFORMS[name]()]))
+    model = compiled_model(Adam(0.05, **STAGES[name]()))
     train(model, 6)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    (ours,), (theirs,) = loaded.optimizer.transforms, model.optimizer.transforms
+    (ours,), (theirs,) = loaded.optimizer.stages(), model.optimizer.stages()
     assert ours.get_config() == theirs.get_config()
     for m in (model, loaded):
         train(m, 4)
@@ -404,10 +411,10 @@ def test_a_saved_model_goes_on_with_the_same_bits(name, tmp_path):
 
 
 @pytest.mark.representatives("zclip", "adaptive_clipping")
-@every_transform
+@every_stage
 def test_eager_compiled_and_fit_are_equal(name):
     def trained(way):
-        model = compiled_model(Adam(0.01, transforms=[TRANSFORMS[name]()]))
+        model = compiled_model(Adam(0.01, **STAGES[name]()))
         if way == "jit":
             model.compile(model.optimizer, "mse", jit_compile=True)
         if way == "eager":

@@ -34,10 +34,11 @@ FEW = (
     "adam-accumulation",
     "adam-large",
     "adam-groups",
+    "adam-slots",
     "muon-all_at_once",
     "prodigy-all_at_once",
 )
-# Several options at once; each case runs with the first, some with all.
+# Several options at once.
 OPTIONS = {
     "all_at_once": {
         "global_clipnorm": 0.5,
@@ -65,7 +66,16 @@ OPTIONS = {
         "transforms": lambda: [tf_effopt.transforms.AdaptiveClipping(0.05)],
     },
     "groups": {"global_clipnorm": 0.5, "use_ema": True, "groups": lambda: groups()},
+    # Stages with slots, before the rule and after it.
+    "slots": {
+        "global_clipnorm": 0.5,
+        "weight_decay": 0.02,
+        "transforms": lambda: [tf_effopt.transforms.MARS(0.2, beta_1=0.8)],
+        "averaging": lambda: tf_effopt.averaging.Lookahead(period=3),
+    },
 }
+# Each case runs with these, "adam" with all.
+OF_EACH = ("all_at_once", "slots")
 
 
 def groups() -> list[tf_effopt.Group]:
@@ -84,15 +94,11 @@ def runs(chosen: str) -> list[tuple]:
         # Its rate is a schedule, which Adafactor takes as it is.
         same = {"learning_rate": None, "relative_step": None}
         key = case.make.func, case.make.keywords | same | OPTIONS["all_at_once"]
-        if key not in seen:
-            made.append((f"{case.name}-all_at_once", case, OPTIONS["all_at_once"]))
+        for name, options in OPTIONS.items():
+            is_new = name in OF_EACH and key not in seen
+            if is_new or (case.name == "adam" and name not in OF_EACH):
+                made.append((f"{case.name}-{name}", case, options))
         seen.append(key)
-        if case.name == "adam":
-            made += [
-                (f"{case.name}-{name}", case, options)
-                for name, options in OPTIONS.items()
-                if name != "all_at_once"
-            ]
     assert set(FEW) <= {name for name, _, _ in made}
     return [run for run in made if (run[0] in FEW) == (chosen == "few")]
 

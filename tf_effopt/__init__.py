@@ -16,6 +16,7 @@ except ImportError as error:
     ) from error
 
 from tf_effopt import (
+    averaging,
     callbacks,
     distribute,
     hyperparameters,
@@ -46,6 +47,7 @@ from tf_effopt.optimizers import (
     ScheduleFreeAdamW,
     Yogi,
 )
+from tf_effopt.stage import Stage
 
 __version__ = "0.2.0.dev0"
 
@@ -68,7 +70,9 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "ScheduleFreeAdamW",
+    "Stage",
     "Yogi",
+    "averaging",
     "callbacks",
     "distribute",
     "hyperparameters",

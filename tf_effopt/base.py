@@ -28,6 +28,8 @@ from tf_effopt.arguments import (
 )
 from tf_effopt.checks import (
     as_int,
+    check_dtype,
+    checked_averaging,
     checked_gradients,
     checked_learning_rate,
     checked_transforms,
@@ -38,8 +40,15 @@ from tf_effopt.checks import (
     without_none,
 )
 from tf_effopt.engine import counts, keras_hooks, private_names
-from tf_effopt.engine.base import check_dtype, dtype_name
-from tf_effopt.engine.plan import EVALUATING, OPTIMIZER
+from tf_effopt.engine.binding import key_of, stage_owners
+from tf_effopt.engine.plan import (
+    ACCUMULATION,
+    COMPENSATION,
+    EMA,
+    EVALUATING,
+    OPTIMIZER,
+    RULE,
+)
 from tf_effopt.groups import (
     Group,
     check_overlaps,
@@ -54,15 +63,32 @@ from tf_effopt.hyperparameters import (
     Positive,
     Switch,
 )
-from tf_effopt.paths import known_by, path_of, paths_and_shapes, shape_of, stand_in
+from tf_effopt.paths import (
+    dtype_name,
+    known_by,
+    path_of,
+    paths_and_shapes,
+    shape_of,
+    stand_in,
+)
 from tf_effopt.precision import ROUNDINGS, compute_dtype, is_narrow
-from tf_effopt.rules import Evaluation, ModelRule, Part, Slot, Slots, slot_groups
+from tf_effopt.rules import (
+    Evaluation,
+    ModelRule,
+    Part,
+    Slot,
+    Slots,
+    each_slot,
+    slot_groups,
+)
 from tf_effopt.selection import Selection, Trained, decay_exclusions
-from tf_effopt.transforms.base import Transform
+from tf_effopt.stage import Stage
 
 # In a configuration, besides the constructor's arguments.
 EXCLUSIONS = "exclude_from_weight_decay"
 BUILT_ON = "built_on"
+# Arguments that are lists of objects.
+OBJECTS = ("transforms", "averaging", "groups")
 
 
 class Optimizer(keras.optimizers.Optimizer):
@@ -140,8 +166,11 @@ class Optimizer(keras.optimizers.Optimizer):
             (right on average, the same on each replica), `"compensated"`
             (what was lost is kept, 1 more value per parameter) or
             `"nearest"` (small steps are lost). Slots are float32 for them.
-        transforms: list of `tf_effopt.transforms`, which change the gradient
-            before the rule or the step after it, in this order, after clipping.
+        transforms: list of `tf_effopt.transforms`, or of your own `tf_effopt.Stage`s,
+            which change the gradient before the rule or the step after it, in this
+            order, after clipping.
+        averaging: None, or one of `tf_effopt.averaging`, or a list: what becomes of the
+            weights after each update. Not with `use_ema`.
         groups: list of `tf_effopt.Group`: variables with another learning rate or
             weight decay than the rest, or frozen.
         lazy: bool. An embedding's gradient has only the rows that were looked
@@ -196,6 +225,7 @@ class Optimizer(keras.optimizers.Optimizer):
         rounding="stochastic",
         lazy=False,
         transforms=(),
+        averaging=(),
         groups=(),
         name=None,
         **kwargs,
@@ -228,8 +258,11 @@ class Optimizer(keras.optimizers.Optimizer):
         self.rounding = rounding
         self.lazy = lazy
         # Bypasses Keras's and TensorFlow's tracking, which would wrap the lists.
-        transforms, groups = map(copies.deserialized, (transforms, groups))
+        transforms, averaging, groups = map(
+            copies.deserialized, (transforms, averaging, groups)
+        )
         self.__dict__["_transforms"] = checked_transforms(transforms)
+        self.__dict__["_averaging"] = checked_averaging(averaging, use_ema)
         self.__dict__["_groups"] = checked_groups(groups)
         self._check_lazy()
         self._engine = engine.create(self)
@@ -298,6 +331,13 @@ class Optimizer(keras.optimizers.Optimizer):
                 "`lazy=True` can't be combined with `transforms`: they see whole "
                 f"tensors. Received: transforms={list(self.transforms)}"
             )
+        on_rows = [x for x in self.averaging if x.where == "write"]
+        if not all(x.elementwise for x in on_rows):
+            raise ValueError(
+                "`lazy=True` can't be combined with stages on the written weight that "
+                "aren't `elementwise`: they see whole tensors. Received: "
+                f"averaging={list(self.averaging)}"
+            )
 
     # ------------------------------------------------------------- building
 
@@ -333,8 +373,8 @@ class Optimizer(keras.optimizers.Optimizer):
             self._find_members(Trained(variables, [path for path, _ in self._known]))
             with self._engine.building():
                 super().build(variables)  # averages, then accumulators
-                state = self._build_state(variables)
-                self._engine.build(state, self._build_model_state(state))
+                state, parts = self._build_state(variables)
+                self._engine.build(state, parts, self._build_model_state(state))
                 if self._record_of_missed() is not None:  # By an earlier `restore`.
                     self._handle_deferred_dependencies(
                         counts.MISSED, self._record_of_missed()
@@ -363,34 +403,44 @@ class Optimizer(keras.optimizers.Optimizer):
         found = self._decay_exclusions.find(trained)
         self.undecayed = frozenset(i for places in found for i in places)
 
-    def _build_state(self, variables: list[Any]) -> list[dict | None]:
-        """Makes the slots; returns each variable's state (see `Engine`)."""
-        parts = self.parts(self._known)
+    def _build_state(
+        self, variables: list[Any]
+    ) -> tuple[list[dict | None], list[Part | None]]:
+        """Makes the slots; returns each variable's state (see `Engine`) and its rule."""
+        own = [not self._overwrite_variable_with_gradient(v) for v in variables]
+        parts = [
+            part if is_own else None
+            for part, is_own in zip(self.parts(self._known), own, strict=True)
+        ]
         state: list[dict | None] = [
-            None
-            if self._overwrite_variable_with_gradient(v)
-            else {"weight": v, "slots": {}, "part": part}
-            for v, part in zip(variables, parts, strict=True)
+            {"weight": v, RULE: {}} if is_own else None
+            for v, is_own in zip(variables, own, strict=True)
         ]
         self._slots_start = len(self.variables)
-        parts = [None if tensors is None else tensors["part"] for tensors in state]
         for group in slot_groups(parts):
             for tensors, slots in zip(state, group, strict=True):
                 for letter, slot in slots.items():
-                    tensors["slots"][letter] = self._add_slot(tensors["weight"], slot)
-        for i, tensors in enumerate(state):
-            if tensors is None:
-                continue
+                    tensors[RULE][letter] = self._add_slot(tensors["weight"], slot)
+        trained = [(i, tensors) for i, tensors in enumerate(state) if tensors]
+        for i, tensors in trained:
             if self.gradient_accumulation_steps:
-                tensors["accumulator"] = self._accumulated_gradients[i]
+                tensors[ACCUMULATION] = {"sum": self._accumulated_gradients[i]}
             if self.use_ema:
-                tensors["average"] = self._model_variables_moving_average[i]
+                average = self._model_variables_moving_average[i]
+                tensors[EMA] = {"average": average}
             weight = tensors["weight"]
             if self.rounding == "compensated" and is_narrow(dtype_name(weight)):
-                tensors["compensation"] = self.add_variable_from_reference(
-                    weight, name="compensation"
-                )
-        return state
+                lost = self.add_variable_from_reference(weight, name="compensation")
+                tensors[COMPENSATION] = {"lost": lost}
+        for number, stage in stage_owners(self):
+            slots = each_slot(stage.slots)
+            for i, tensors in trained if slots else ():
+                if stage.acts_on(*self._known[i]):
+                    tensors[key_of(number, stage)] = {
+                        letter: self._add_slot(tensors["weight"], slot)
+                        for letter, slot in slots.items()
+                    }
+        return state, parts
 
     def _build_model_state(self, state: list[dict | None]) -> dict[int, dict]:
         """Makes the slots of rules for the whole model, owner by owner."""
@@ -415,12 +465,21 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def owners(self) -> list[Any]:
         """The objects that own hyperparameters; this optimizer is the first."""
-        return [self, *self.transforms, *self.groups]
+        return [self, *self.stages(), *self.groups]
+
+    def stages(self) -> list[Stage]:
+        """The stages that were passed, in the order in which they run."""
+        return [*self.transforms, *self.averaging]
 
     @property
-    def transforms(self) -> tuple[Transform, ...]:
+    def transforms(self) -> tuple[Stage, ...]:
         """What stands before and after the rule, in its order."""
         return self.__dict__["_transforms"]
+
+    @property
+    def averaging(self) -> tuple[Stage, ...]:
+        """The stages on the weights, in their order."""
+        return self.__dict__["_averaging"]
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -730,7 +789,9 @@ class Optimizer(keras.optimizers.Optimizer):
             config.pop(name, None)
         if not isinstance(self._learning_rate, keras.Variable):
             config["learning_rate"] = self._learning_rate
-        config["transforms"] = [x.from_config(x.get_config()) for x in self.transforms]
+        for name in ("transforms", "averaging"):
+            stages = getattr(self, name)
+            config[name] = [x.from_config(x.get_config()) for x in stages]
         groups_are_kept = groups is None
         if groups_are_kept:
             groups = [group.copy(memo) for group in self.groups]
@@ -943,10 +1004,9 @@ class Optimizer(keras.optimizers.Optimizer):
             for name in constructor_arguments(cls):
                 if name not in config:
                     config[name] = getattr(self, name)
-        config["transforms"] = [
-            keras.saving.serialize_keras_object(x) for x in self.transforms
-        ]
-        config["groups"] = [keras.saving.serialize_keras_object(x) for x in self.groups]
+        for name in OBJECTS:
+            things = getattr(self, name)
+            config[name] = [keras.saving.serialize_keras_object(x) for x in things]
         if self._decay_exclusions:
             config[EXCLUSIONS] = self._decay_exclusions.get_config()
         if self._known:
@@ -959,7 +1019,7 @@ class Optimizer(keras.optimizers.Optimizer):
         config = dict(config)
         exclusions = config.pop(EXCLUSIONS, None)
         built_on = config.pop(BUILT_ON, ())
-        for name in ("transforms", "groups"):
+        for name in OBJECTS:
             config[name] = [
                 keras.saving.deserialize_keras_object(x, custom_objects=custom_objects)
                 for x in config.get(name, ())

@@ -12,8 +12,9 @@ import keras
 from tf_effopt.engine import is_sparse
 from tf_effopt.engine.sparse_input import with_tensors
 from tf_effopt.hyperparameters import NonNegative
-from tf_effopt.paths import is_variable, path_of
-from tf_effopt.transforms.base import Transform
+from tf_effopt.paths import dtype_name, is_variable, path_of
+from tf_effopt.precision import MANTISSA_BITS
+from tf_effopt.stage import OF_AVERAGING, OF_TRANSFORMS, Stage
 
 
 def checked_learning_rate(value: Any) -> Any:
@@ -47,20 +48,50 @@ def checked_learning_rate(value: Any) -> Any:
         ) from None
 
 
-def checked_transforms(transforms: Any) -> tuple[Transform, ...]:
+def checked_transforms(transforms: Any) -> tuple[Stage, ...]:
+    """The stages on the gradient or the update, as a tuple."""
     wrong = not isinstance(transforms, list | tuple)
-    bad = transforms if wrong else [x for x in transforms if not _is_new(x)]
+    bad = transforms if wrong else _not_at(OF_TRANSFORMS, transforms)
     if wrong or bad:
         raise ValueError(
             "`transforms` must be a list of instances of "
-            "`tf_effopt.transforms.Transform`, each for this optimizer only. "
-            f"Received: {bad!r}"
+            "`tf_effopt.transforms.Transform`, or of `tf_effopt.Stage` on the gradient "
+            "or the update, each for this optimizer only. Stages on weights are passed "
+            f"in `averaging`. Received: {bad!r}"
         )
     return tuple(transforms)
 
 
-def _is_new(transform: Any) -> bool:
-    return isinstance(transform, Transform) and not transform.built
+def checked_averaging(averaging: Any, use_ema: Any) -> tuple[Stage, ...]:
+    """The stages on the weights, one or a list or None, as a tuple."""
+    if averaging is None:
+        return ()
+    given = averaging if isinstance(averaging, list | tuple) else [averaging]
+    bad = _not_at(OF_AVERAGING, given)
+    if bad:
+        raise ValueError(
+            "`averaging` must be a stage on the weights, such as "
+            "`tf_effopt.averaging.Lookahead()`, or a list of them, each for this "
+            "optimizer only. Stages on the gradient or the update are passed in "
+            f"`transforms`. Received: {bad!r}"
+        )
+    if given and use_ema:
+        raise ValueError(
+            "`averaging` and `use_ema=True` can't be combined: both say which average "
+            f"of the weights there is. Leave one out. Received: averaging={given!r}"
+        )
+    return tuple(given)
+
+
+def _not_at(places: tuple[str, ...], stages: Any) -> list[Any]:
+    """Those that aren't new stages at these places."""
+    return [
+        x
+        for x in stages
+        if not isinstance(x, Stage)
+        or x.built
+        or not all(f.where in places for f in x.functions())
+    ]
 
 
 def as_int(value: Any) -> Any:
@@ -89,6 +120,16 @@ def checked_variables(variables: Any) -> list[Any]:
             f"Received twice: {twice}"
         )
     return variables
+
+
+def check_dtype(variable: Any) -> None:
+    dtype = dtype_name(variable)
+    if dtype not in ("float32", "float64", *MANTISSA_BITS):
+        raise ValueError(
+            "Only variables of dtype float32, bfloat16, float16 and float64 can "
+            f"be trained. Received: {path_of(variable)} of dtype {dtype}. Pass "
+            "`model.trainable_variables`, or make it non-trainable."
+        )
 
 
 def checked_gradients(grads: Any) -> list[Any]:

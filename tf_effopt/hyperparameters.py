@@ -1,14 +1,14 @@
 """Hyperparameters: checked when they are set, changeable while training.
 
-A class lists its hyperparameters as attributes:
+A class declares its hyperparameters, with their defaults:
 
-    class Adam(Optimizer):
-        beta_1 = DecayRate()
-        epsilon = Positive()
-        amsgrad = Switch()
+    class Clip(Stage):
+        factor: float = Positive(default=0.01)
+        exclude: list = Patterns(default=())
 
-and assigns them in its constructor. Each assignment, then and later, is
-checked here, and reaches the compiled update without compiling it again.
+They become the arguments of its constructor. Each assignment, then and later, is
+checked here, and reaches the compiled update without compiling it again. A kind's
+`default=` may be left out in a class that has an `__init__` of its own.
 """
 
 from __future__ import annotations
@@ -28,10 +28,28 @@ TINY = float(np.finfo("float32").tiny)
 HUGE = float(np.finfo("float32").max)
 
 
+class _Required:
+    """That a hyperparameter was declared without a default."""
+
+    def __repr__(self) -> str:
+        return "REQUIRED"
+
+
+REQUIRED = _Required()
+
+
 class Hyperparameter:
-    """A named setting of an optimizer; the base of the kinds below."""
+    """A named setting of an optimizer; the base of the kinds below.
+
+    Args:
+        default: what a generated constructor sets it to if nothing is passed.
+    """
 
     expected = "anything"
+    default: Any = REQUIRED
+
+    def __init__(self, *, default: Any = REQUIRED):
+        self.default = default
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -102,8 +120,14 @@ class Number(Hyperparameter):
     open_high = False
 
     def __init__(
-        self, optional: bool = False, zero_is_off: bool = False, fixed: bool = False
+        self,
+        optional: bool = False,
+        zero_is_off: bool = False,
+        fixed: bool = False,
+        *,
+        default: Any = REQUIRED,
     ):
+        super().__init__(default=default)
         self.optional = optional
         self.zero_is_off = zero_is_off
         self.fixed = fixed
@@ -227,9 +251,14 @@ class DecayRate(Number):
     low, high, open_high = 0, 1, True
 
     def __init__(
-        self, allow_one: bool = False, allow_zero: bool = True, optional: bool = False
+        self,
+        allow_one: bool = False,
+        allow_zero: bool = True,
+        optional: bool = False,
+        *,
+        default: Any = REQUIRED,
     ):
-        super().__init__(optional)
+        super().__init__(optional, default=default)
         self.open_high = not allow_one
         self.open_low = not allow_zero
 
@@ -245,8 +274,8 @@ class Count(Number):
         fixed: whether it can't change once the optimizer is built.
     """
 
-    def __init__(self, low: int, fixed: bool = False):
-        super().__init__(optional=True, zero_is_off=True, fixed=fixed)
+    def __init__(self, low: int, fixed: bool = False, *, default: Any = REQUIRED):
+        super().__init__(True, zero_is_off=True, fixed=fixed, default=default)
         self.low = low
 
     @property
@@ -272,7 +301,8 @@ class Integer(Hyperparameter):
         low: the smallest allowed.
     """
 
-    def __init__(self, low: int):
+    def __init__(self, low: int, *, default: Any = REQUIRED):
+        super().__init__(default=default)
         self.low = low
 
     @property
@@ -307,7 +337,8 @@ class Switch(Hyperparameter):
 class Choice(Hyperparameter):
     """One of several strings, fixed once the optimizer is built."""
 
-    def __init__(self, *choices: str):
+    def __init__(self, *choices: str, default: Any = REQUIRED):
+        super().__init__(default=default)
         self.choices = choices
 
     @property

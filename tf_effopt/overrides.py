@@ -135,6 +135,8 @@ DECLARED = (
     "before",
     "after",
     "decides",
+    "where",
+    "function",
 )
 # Of the optimizer inside a wrapper, which calls `apply` and nothing else of an update.
 PASSED_BY_WRAPPERS = ("apply_gradients", "scale_loss")

@@ -39,6 +39,11 @@ def shape_of(variable: Any) -> tuple[int, ...]:
     return shape_now(variable)
 
 
+def dtype_name(variable: Any) -> str:
+    """The dtype of a Keras variable or a backend's own, as a string."""
+    return getattr(variable.dtype, "name", str(variable.dtype))
+
+
 def paths_and_shapes(variables: Iterable[Any]) -> list[tuple[str, tuple[int, ...]]]:
     """The path and the shape of each variable."""
     return [(path_of(v), shape_of(v)) for v in variables]

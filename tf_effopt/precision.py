@@ -10,6 +10,7 @@ rounding (Kahan's) keeps what was lost in one more variable.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from keras import ops
@@ -50,6 +51,23 @@ def store(value: Any, dtype: str, bits: Any = None) -> Any:
     # Nothing is rounded up to infinity; infinities and NaN have no spacing.
     fits = ops.abs(rounded) <= LARGEST[dtype]
     return ops.cast(ops.where(fits, rounded, value), dtype)
+
+
+def compensated(
+    new: Any, slots: dict, *, w: Any, delta: Any, rounded: Callable
+) -> tuple[Any, dict]:
+    """Returns what is written of a new weight, and what is lost by that.
+
+    Args:
+        new: the new weight, `w + delta`.
+        slots: `lost`, what was lost before, of the same shape.
+        w: the weight before.
+        delta: what is added to it.
+        rounded: rounds a tensor to the weight's dtype.
+    """
+    new = w + (delta + slots["lost"])
+    written = rounded(new)
+    return written, {"lost": new - written}
 
 
 def _spacing(value: Any, dtype: str) -> Any:

@@ -83,10 +83,7 @@ class Part:
     def groups(self) -> list[dict[str, Slot]]:
         """The slots, group by group, each as a `Slot`."""
         groups = self.slots if isinstance(self.slots, tuple) else (self.slots,)
-        return [
-            {k: Slot(x) if isinstance(x, str) else x for k, x in group.items()}
-            for group in groups
-        ]
+        return list(map(each_slot, groups))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +137,11 @@ class Evaluation:
 
     to_evaluation: Callable
     to_training: Callable
+
+
+def each_slot(slots: Slots) -> dict[str, Slot]:
+    """Letter -> `Slot`, for all that a rule or a stage keeps."""
+    return {k: Slot(x) if isinstance(x, str) else x for k, x in slots.items()}
 
 
 def slot_groups(parts: list[Part | None]) -> Iterator[list[dict[str, Slot]]]:

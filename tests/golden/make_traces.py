@@ -417,6 +417,35 @@ def schedule_free(trace, problem):
     return torch_run(trace, problem, slots, before, after)
 
 
+def mars(trace, problem):
+    """Its own epsilon is our epsilon-hat. A Lion has no second moment."""
+    slots = {"momentum": "exp_avg", "last_gradient": "last_grad"}
+    if trace.class_name == "AdamW":
+        slots["velocity"] = "exp_avg_sq"
+    return torch_run(trace, problem, slots)
+
+
+def lookahead(trace, problem):
+    """Around AdamW, of which `adamw` is the trace."""
+    wrapper = located(trace.reference)
+    inner = next(x for x in TRACES if x.name == "adamw")
+    made = []
+
+    def make(parameters, lr, **arguments):
+        made.append(torch.optim.AdamW(parameters, lr=lr, **inner.arguments))
+        return wrapper(made[0], **arguments)
+
+    def before(optimizer, t):
+        set_epsilon(trace, optimizer, t)
+
+    with mock.patch(trace.reference, make):
+        run = torch_run(trace, problem, {"slow_weight": "slow_params"}, before)
+    for slots, parameter in zip(run.slots, made[0].param_groups[0]["params"]):
+        state = made[0].state[parameter]
+        slots |= {ours: array(state[theirs]) for ours, theirs in ADAM_SLOTS.items()}
+    return run
+
+
 def write(trace: Trace, make: Callable[[Trace, Problem], Run]) -> None:
     """Makes one file; `tests/golden_traces.py` reads it."""
     problem = problem_of(trace)

@@ -26,7 +26,8 @@ class Trace:
         reference: what is called in it, by its full name.
         arguments: of the reference, but for the learning rate.
         class_name: of our optimizer.
-        settings: its equivalent arguments, in Keras's spelling.
+        settings: its equivalent arguments, in Keras's spelling; of stages a list of
+            `[class name, arguments]`.
         notes: what to know: the variant, and traps that were avoided.
         shapes: of the tensors.
         rate: the largest learning rate.
@@ -573,5 +574,59 @@ TRACES = [
             "initial_accumulator_value": 1e-6,
         },
         "As `yogi`.",
+    ),
+    Trace(
+        "mars_adamw",
+        "mars",
+        "pytorch-optimizer",
+        "pytorch_optimizer.MARS",
+        {
+            **BETAS,
+            "gamma": 0.05,
+            "optimize_1d": True,
+            "weight_decay": 0.1,
+            "eps": 1e-2,
+        },
+        "AdamW",
+        {
+            **OUR_BETAS,
+            "epsilon": 1e-2,
+            "weight_decay": 0.1,
+            "transforms": [["MARS", {"gamma": 0.05, "beta_1": 0.85}]],
+        },
+        "The approximate variant. Vectors are treated like matrices; by the authors' "
+        "default a plain AdamW trains them. The decay is times the learning rate. Theirs "
+        "keeps the last gradient by reference: each step has a new tensor.",
+    ),
+    Trace(
+        "mars_lion",
+        "mars",
+        "pytorch-optimizer",
+        "pytorch_optimizer.MARS",
+        {"betas": (0.9, 0.99), "mars_type": "lion", "optimize_1d": True},
+        "Lion",
+        {
+            "beta_1": 0.9,
+            "beta_2": 0.9,
+            "transforms": [["MARS", {"gamma": 0.025, "beta_1": 0.9}]],
+        },
+        "As `mars_adamw`. Its Lion steps by the sign of the momentum after the update: "
+        "`Lion` with two equal decay rates.",
+    ),
+    Trace(
+        "lookahead",
+        "lookahead",
+        "pytorch-optimizer",
+        "pytorch_optimizer.Lookahead",
+        {"k": 5, "alpha": 0.4},
+        "AdamW",
+        {
+            **OUR_BETAS,
+            "epsilon": 1e-2,
+            "weight_decay": 0.1,
+            "averaging": [["Lookahead", {"period": 5, "step_size": 0.4}]],
+        },
+        "Around `torch.optim.AdamW` with the arguments of `adamw`; the state of the inner "
+        "optimizer is kept at a step back. " + EPSILON_HAT,
     ),
 ]

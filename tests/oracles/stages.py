@@ -1,4 +1,4 @@
-"""What stands around a rule: accumulation, clipping, decay, averages."""
+"""What stands around a rule: accumulation, clipping, decay, averages, stages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def train(class_name, settings, weights, gradients, learning_rates, names=None):
 
     Args:
         class_name: of `RULES`.
-        settings: the optimizer's arguments.
+        settings: the optimizer's arguments; of stages, `transforms` and `averaging`, a
+            list of `[class name, arguments]`.
         weights: float64 arrays, one for each tensor.
         gradients: for each micro-step a list of arrays.
         learning_rates: for each micro-step a number.
@@ -65,6 +66,9 @@ def trajectory(class_name, settings, weights, gradients, learning_rates, names=N
         waiting = []
         t += 1
         gs = clipped(gs, settings)
+        for name, arguments in settings.get("transforms", ()):
+            gs = [STAGES[name](g, s, **arguments) for g, s in zip(gs, states)]
+        before = weights
         if class_name in OF_ALL_TENSORS:
             steps = rule(gs, weights, states, shared, t, lr, settings)
         else:
@@ -86,7 +90,33 @@ def trajectory(class_name, settings, weights, gradients, learning_rates, names=N
             every = settings.get("ema_overwrite_frequency")
             if every and t % every == 0:
                 weights = [np.array(a) for a in averages]
+        for name, arguments in settings.get("averaging", ()):
+            weights = [
+                STAGES[name](w, state, start, t, **arguments)
+                for w, state, start in zip(weights, states, before, strict=True)
+            ]
         yield weights, states, averages, shared
+
+
+def mars(g, state, gamma, beta_1):
+    """Yuan et al. 2024, their approximate variant: the last batch's gradient."""
+    last = state.get("last_gradient", np.zeros_like(g))
+    c = g + gamma * (beta_1 / (1 - beta_1)) * (g - last)
+    norm = np.sqrt(np.sum(c * c))
+    state["last_gradient"] = g
+    return c / norm if norm > 1 else c
+
+
+def lookahead(w, state, start, t, period, step_size):
+    """Zhang et al. 2019, algorithm 1; `start` is the weight before the update."""
+    slow = state.setdefault("slow_weight", start)
+    if t % period:
+        return w
+    state["slow_weight"] = slow + step_size * (w - slow)
+    return state["slow_weight"]
+
+
+STAGES = {"MARS": mars, "Lookahead": lookahead}
 
 
 def clipped(gs, settings):

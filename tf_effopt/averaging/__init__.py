@@ -1,1 +1,9 @@
-"""What keeps a second copy of the weights."""
+"""Stages on the weights, after each update."""
+
+from tf_effopt.averaging.lookahead import Lookahead
+
+__all__ = ["Lookahead"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -11,15 +11,26 @@ from typing import Any
 from keras import ops
 
 
-def ema_rule(average: Any, w: Any, *, t: Any, ema_momentum: Any) -> Any:
-    """Returns the next average: the weight itself after the first update.
+def ema(
+    w: Any, slots: dict, *, t: Any, ema_momentum: Any, ema_overwrite_frequency: Any
+) -> tuple[Any, dict]:
+    """Returns the weight, and its next average: the weight after the first update.
 
     Written as a step from the old average, which rounds once where
     `ema_momentum * average + (1 - ema_momentum) * w` rounds three times.
+
+    Args:
+        w: the weight after this update.
+        slots: `average`, of the same shape.
+        t: integer scalar, the number of this update, from 1.
+        ema_momentum: scalar, the share of the average that is kept.
+        ema_overwrite_frequency: None, or scalar: after so many updates the weight
+            becomes the average.
     """
-    return ops.where(t == 1, w, average + (1 - ema_momentum) * (w - average))
-
-
-def overwrite(average: Any, w: Any, *, t: Any, frequency: int) -> Any:
-    """Returns the average after every `frequency`-th update, else the weight."""
-    return ops.where(t % frequency == 0, average, w)
+    average = slots["average"]
+    average = average + (1 - ema_momentum) * (w - average)
+    average = ops.where(t == 1, w, average)
+    if ema_overwrite_frequency is not None:
+        due = t % ops.cast(ema_overwrite_frequency, t.dtype) == 0
+        w = ops.where(due, average, w)
+    return w, {"average": average}

@@ -9,40 +9,35 @@ import keras
 import numpy as np
 from keras import ops
 
-from tf_effopt import precision
 from tf_effopt.engine import counts
+from tf_effopt.engine.binding import make_plan
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.plan import (
-    CLIP_ARGUMENTS,
+    COMPENSATION,
+    EMA,
     EVALUATING,
     OPTIMIZER,
-    STAGE_ARGUMENTS,
-    Binder,
-    BoundTransform,
     Plan,
     Scalars,
     TrainedVariable,
 )
 from tf_effopt.engine.updates import switched
-from tf_effopt.groups import decay_of, multipliers_of
-from tf_effopt.hyperparameters import Number
-from tf_effopt.layer_roles import input_axes
-from tf_effopt.paths import path_of, shape_of
+from tf_effopt.rules import Part
 
 
 class Engine:
     """Runs the stages for one optimizer.
 
     Attributes:
-        state: for each variable a dict of Keras variables: `weight`, `slots`,
-            and if the plan has them `accumulator`, `average` and
-            `compensation`. None for a variable that isn't trained by a rule.
+        state: for each variable a dict of Keras variables: `weight`, and under the key
+            of the rule and of each stage a dict of its slots. None for a variable that
+            isn't trained by a rule.
         model_state: owner -> letter -> Keras variable: the slots of rules for
             the whole model.
         divides_matrices: whether each replica works on its share of the matrices.
         gradient_dtype: in which replicas sum up gradients; None: their own.
-        owners: whose hyperparameters there are: the optimizer, its transforms
-            and its groups.
+        owners: whose hyperparameters there are: the optimizer, its stages and its
+            groups.
     """
 
     def __init__(self, optimizer: Any):
@@ -74,21 +69,27 @@ class Engine:
         return True
 
     def build(
-        self, state: list[dict | None], model_state: dict[int, dict[str, Any]]
+        self,
+        state: list[dict | None],
+        parts: list[Part | None],
+        model_state: dict[int, dict[str, Any]],
     ) -> None:
-        """Fixes the plan; the states are as in the class's docstring."""
+        """Fixes the plan; the states are as in the class's docstring.
+
+        Args:
+            parts: for each variable its rule, None where there is none.
+        """
         self.state = state
         self.model_state = model_state
         self.owners = self.optimizer.owners()
-        self.plan, self.variables = make_plan(self.optimizer, state)
+        self.plan, self.variables = make_plan(self.optimizer, state, parts)
         self.counts_each = counts.uses_counts(self.plan, self.variables)
         for owner in self.owners[1:]:
             owner.attach(self)
 
     def involved(self, indices: list[int]) -> list[int]:
         """The variables that a step with gradients of `indices` changes."""
-        plan = self.plan
-        if plan.ema or plan.accumulation_steps > 1 or plan.evaluation is not None:
+        if self.plan.moves_all:
             return [i for i, tensors in enumerate(self.state) if tensors is not None]
         return indices
 
@@ -152,11 +153,14 @@ class Engine:
         """A step in which no rule has anything to do; returns true."""
         iterations = self.optimizer._iterations
         before = ops.convert_to_tensor(iterations.value)
-        for tensors in self.state if self.plan.ema else ():
-            if tensors is not None:  # It starts here if the weight had no value before.
+        for tensors in self.state if self.plan.moves_all else ():
+            if tensors is not None and EMA in tensors:
+                # It starts here if the weight had no value before.
+                average = tensors[EMA]["average"]
                 start = _value(tensors["weight"])
-                average = ops.where(before == 0, start, _value(tensors["average"]))
-                self.assign_alike(tensors["average"], average)
+                self.assign_alike(
+                    average, ops.where(before == 0, start, _value(average))
+                )
         absent = self.without_gradient([])
         if absent:
             self.count_missed(absent, self.updates_between(before, before + 1))
@@ -181,14 +185,11 @@ class Engine:
             tensors = self.state[i]
             if tensors is not None:
                 # A copy: JAX can't be handed one array as two variables.
-                self.assign_everywhere(
-                    tensors["weight"], ops.copy(_value(tensors["average"]))
-                )
-                if "compensation" in tensors:
-                    compensation = tensors["compensation"]
-                    self.assign_everywhere(
-                        compensation, ops.zeros_like(_value(compensation))
-                    )
+                average = _value(tensors[EMA]["average"])
+                self.assign_everywhere(tensors["weight"], ops.copy(average))
+                if COMPENSATION in tensors:
+                    lost = tensors[COMPENSATION]["lost"]
+                    self.assign_everywhere(lost, ops.zeros_like(_value(lost)))
 
     def model_slot(self, owner: Any, letter: str) -> float:
         """The value now of a slot of a rule for the whole model."""
@@ -255,140 +256,3 @@ def _value(variable: Any) -> Any:
     if isinstance(variable, keras.Variable):
         return variable.value
     return ops.convert_to_tensor(variable)
-
-
-def make_plan(
-    optimizer: Any, state: list[dict | None]
-) -> tuple[Plan, list[TrainedVariable | None]]:
-    """Reads what is fixed off an optimizer and its variables."""
-    numbers: dict[tuple[int, str], Any] = {}
-    model = optimizer.model_rule
-    binder = Binder(optimizer, OPTIMIZER, numbers, model)
-    used = {}
-    for name in STAGE_ARGUMENTS:
-        kind, value = getattr(type(optimizer), name), getattr(optimizer, name)
-        used[name] = not kind.is_off(value)
-        if used[name]:
-            numbers[OPTIMIZER, name] = kind
-    variables = _describe(optimizer, state, binder)
-    bound_model = binder.bind_model(model)
-    upkeep = optimizer.upkeep
-    transforms = tuple(
-        _bind_transform(transform, number, numbers)
-        for number, transform in enumerate(optimizer.transforms, 1)
-    )
-    plan = Plan(
-        numbers=numbers,
-        transforms=transforms,
-        model=bound_model,
-        upkeep=None if upkeep is None else binder.bind(upkeep),
-        evaluation=binder.bind_evaluation(optimizer.evaluation),
-        rounding=optimizer.rounding,
-        accumulation_steps=optimizer.gradient_accumulation_steps or 1,
-        clip=next((name for name in CLIP_ARGUMENTS if used[name]), None),
-        ema=optimizer.use_ema,
-        overwrites=optimizer.use_ema and used["ema_overwrite_frequency"],
-        loss_scale=used["loss_scale_factor"],
-        elementwise=optimizer.elementwise,
-    )
-    return plan, variables
-
-
-def _describe(
-    optimizer: Any, state: list[dict | None], binder: Binder
-) -> list[TrainedVariable | None]:
-    rules: dict[int, Any] = {}  # one bound rule for all that are trained alike
-    owners = optimizer.owners()
-    groups = list(enumerate(owners))[1 + len(optimizer.transforms) :]
-    variables: list[TrainedVariable | None] = []
-    for i, tensors in enumerate(state):
-        if tensors is None:
-            variables.append(None)
-            continue
-        part = tensors.pop("part")
-        if id(part) not in rules:
-            rule = binder.bind(part.rule, part.settings)
-            rules[id(part)] = next((r for r in rules.values() if r == rule), rule)
-        rule = rules[id(part)]
-        weight = tensors["weight"]
-        multipliers = multipliers_of(i, groups)
-        decay = None
-        if i not in optimizer.undecayed:
-            decay = decay_of(i, groups) or _decay_of_part(optimizer, part)
-        for owner, name in (*multipliers, *([decay] if decay else [])):
-            binder.numbers[owner, name] = getattr(type(owners[owner]), name)
-        variables.append(
-            TrainedVariable(
-                index=i,
-                shape=shape_of(weight),
-                dtype=dtype_name(weight),
-                constraint=getattr(weight, "constraint", None),
-                rule=rule,
-                part=part.name,
-                transforms=frozenset(
-                    number
-                    for number, transform in enumerate(optimizer.transforms, 1)
-                    if transform.acts_on(*optimizer._known[i])
-                ),
-                learning_rate_multipliers=multipliers,
-                # A rule that takes `weight_decay` does itself what the stage does.
-                decays=decay is not None and "weight_decay" not in rule.names,
-                decay=decay,
-                matrices=part.matrices,
-                input_axes=input_axes(*optimizer._known[i]),
-                starts_at_weight=tuple(
-                    letter
-                    for group in part.groups()
-                    for letter, slot in group.items()
-                    if slot.starts_at_weight
-                ),
-            )
-        )
-    return variables
-
-
-def _decay_of_part(optimizer: Any, part: Any) -> tuple[int, str] | None:
-    """The owner and name of the optimizer's own decay of a part, or None."""
-    kind = getattr(type(optimizer), part.weight_decay, None)
-    if not isinstance(kind, Number):
-        raise TypeError(
-            f"The part {part.name!r} of {type(optimizer).__name__} decays by "
-            f"`{part.weight_decay}`, which is no hyperparameter of the class."
-        )
-    if kind.is_off(getattr(optimizer, part.weight_decay)):
-        return None
-    return OPTIMIZER, part.weight_decay
-
-
-def _bind_transform(
-    transform: Any, number: int, numbers: dict[tuple[int, str], Any]
-) -> BoundTransform:
-    binder = Binder(transform, number, numbers, transform.model_rule, transform.look)
-    before, after, look = (
-        None if function is None else binder.bind(function)
-        for function in (transform.before, transform.after, transform.look)
-    )
-    return BoundTransform(
-        owner=number,
-        before=before,
-        after=after,
-        model=binder.bind_model(transform.model_rule),
-        decides=transform.decides,
-        clips=transform.clips,
-        look=look,
-    )
-
-
-def dtype_name(variable: Any) -> str:
-    """The dtype of a Keras variable or a backend's own, as a string."""
-    return getattr(variable.dtype, "name", str(variable.dtype))
-
-
-def check_dtype(variable: Any) -> None:
-    dtype = dtype_name(variable)
-    if dtype not in ("float32", "float64", *precision.MANTISSA_BITS):
-        raise ValueError(
-            "Only variables of dtype float32, bfloat16, float16 and float64 can "
-            f"be trained. Received: {path_of(variable)} of dtype {dtype}. Pass "
-            "`model.trainable_variables`, or make it non-trainable."
-        )

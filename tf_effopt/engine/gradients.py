@@ -9,12 +9,14 @@ from typing import Any
 
 from keras import ops
 
-from tf_effopt.engine.inputs import Inputs, own_arguments
+from tf_effopt.engine.inputs import Inputs, kept, own_arguments
 from tf_effopt.engine.plan import (
+    ACCUMULATION,
     EVALUATING,
     OPTIMIZER,
     Arguments,
     BoundModelRule,
+    BoundStage,
     TrainedVariable,
 )
 from tf_effopt.engine.sparse import Rows
@@ -60,7 +62,7 @@ def measured_numbers(inputs: Inputs, gradients: list[Any]) -> list[Any]:
         if g is None:
             continue
         if plan.accumulation_steps > 1 and plan.clips:
-            g = (tensors["accumulator"] + g) / plan.accumulation_steps
+            g = (tensors[ACCUMULATION]["sum"] + g) / plan.accumulation_steps
         elif isinstance(g, Rows):
             g = g.unique
         seen.append(g)
@@ -100,21 +102,23 @@ def accumulated(inputs: Inputs, gradients: list[Any]) -> list[Any]:
     if n == 1:
         return gradients
     return [
-        None if g is None else (s["accumulator"] + g) / n
+        None if g is None else (s[ACCUMULATION]["sum"] + g) / n
         for s, g in zip(inputs.state, gradients, strict=True)
     ]
 
 
-def accumulate(
-    inputs: Inputs, gradients: list[Any], after: list[dict], mark: Any, finite: Any
-) -> None:
+def accumulators(
+    inputs: Inputs, gradients: list[Any], mark: Any, finite: Any
+) -> list[dict]:
     """Stage 4, what is kept: `mark` is 1 after a micro-step, 0 after an update."""
-    for old, new, g in zip(inputs.state, after, gradients, strict=True):
-        accumulator = old["accumulator"]
-        grown = accumulator if g is None else accumulator + g
+    after = []
+    for tensors, g in zip(inputs.state, gradients, strict=True):
+        before = tensors[ACCUMULATION]["sum"]
+        grown = before if g is None else before + g
         # Not a product: the sum of finite gradients may be infinite.
         grown = ops.where(mark > 0, grown, ops.zeros_like(grown))
-        new["accumulator"] = ops.where(finite, grown, accumulator)
+        after.append({ACCUMULATION: {"sum": ops.where(finite, grown, before)}})
+    return after
 
 
 def clipped_gradients(
@@ -144,10 +148,11 @@ class Transformed:
     """Stage 6, and the numbers of the whole model on its way.
 
     Attributes:
-        gradients: after the transforms that have run.
+        gradients: after the stages that have run.
+        slots: for each variable key -> the next slots of the stages that have run.
         arguments: with the numbers that the model rules have returned.
         model: owner -> letter -> the model's slots, next ones where a rule ran.
-        skips: whether a transform wants the step to be skipped.
+        skips: whether a stage wants the step to be skipped.
 
     Args:
         overflows: boolean scalar, whether the squares of some gradient overflow; None
@@ -157,34 +162,49 @@ class Transformed:
     def __init__(self, inputs: Inputs, gradients: list[Any], overflows: Any = None):
         self.inputs = inputs
         self.gradients = gradients
+        self.slots: list[dict[str, dict]] = [{} for _ in gradients]
         self._overflows = overflows
         self.arguments = Arguments(inputs.plan, inputs.scalars)
         self.model = dict(inputs.scalars.model)
         self.skips: Any = False
 
     def run(self, until: str | None = None) -> dict[str, Any] | None:
-        """Runs all transforms, or returns what phase `until` has to sum up."""
-        for transform in self.inputs.plan.transforms:
-            if transform.model is not None:
-                if until == str(transform.owner):
-                    return self._sums(transform.owner, transform.model, transform.clips)
-                numbers = self._model_numbers(
-                    transform.owner, transform.model, transform.clips
-                )
-                self.arguments.numbers[transform.owner] = numbers
-                if transform.decides:
+        """Runs the stages on the gradient, and the model's rules of all stages.
+
+        Args:
+            until: None, or the phase for which to return what is to be summed up.
+        """
+        for stage in self.inputs.plan.stages:
+            if stage.model is not None:
+                if until == str(stage.owner):
+                    return self._sums(stage.owner, stage.model, stage.clips)
+                numbers = self._model_numbers(stage.owner, stage.model, stage.clips)
+                self.arguments.numbers[stage.owner] = numbers
+                if stage.decides:
                     self.skips = ops.logical_or(self.skips, numbers["skip"])
-            if transform.before is not None:
-                looked = iter(self._look(transform))
-                self.gradients = [
-                    self._before(transform, v, tensors, g, next(looked))
-                    if g is not None and transform.owner in v.transforms
-                    else g
-                    for v, tensors, g in self._each()
-                ]
+            if stage.where == "gradient" and stage.function is not None:
+                self._change(stage)
         if until == str(OPTIMIZER):
             return self._sums(OPTIMIZER, self.inputs.plan.model)
         return None
+
+    def _change(self, stage: BoundStage) -> None:
+        """The gradients after one stage, and its next slots."""
+        changed = list(self.gradients)
+        acted = self._acted_on(stage)
+        for (i, v, tensors, g), looked in zip(acted, self._look(stage), strict=True):
+            arguments = self.arguments.for_stage(v, stage.owner) | looked
+            arguments |= own_arguments(v, tensors, stage.function, self.arguments)
+            slots = self.inputs.slots(v, tensors, stage.key)
+            changed[i], self.slots[i][stage.key] = stage(g, slots, arguments=arguments)
+        self.gradients = changed
+
+    def kept_slots(self) -> list[dict[str, dict]]:
+        """The next slots of the stages that have run, as they are kept."""
+        return [
+            {key: kept(slots, tensors[key]) for key, slots in own.items() if slots}
+            for own, tensors in zip(self.slots, self.inputs.state, strict=True)
+        ]
 
     def optimizer_numbers(self) -> tuple[dict[str, Any], dict]:
         """Runs the optimizer's own model rule: its numbers, all next slots."""
@@ -197,31 +217,26 @@ class Transformed:
             self.model[OPTIMIZER] = now | {EVALUATING: 0 * now[EVALUATING]}
         return numbers, self.model
 
-    def _each(self) -> Any:
+    def _acted_on(self, stage: BoundStage) -> list[tuple]:
+        """Position, variable, state and gradient of what a stage changes."""
         inputs = self.inputs
-        return zip(inputs.variables, inputs.state, self.gradients, strict=True)
-
-    def _before(
-        self, transform: Any, v: TrainedVariable, tensors: dict, g: Any, looked: dict
-    ) -> Any:
-        arguments = self.arguments.for_variable(v, transform.owner) | looked
-        arguments |= own_arguments(v, tensors, transform.before, self.arguments)
-        return transform.before(g, arguments=arguments)
-
-    def _look(self, transform: Any) -> list[dict[str, Any]]:
-        """What `look` returns of each tensor that the transform acts on."""
-        acted = [
-            (v, tensors, g)
-            for v, tensors, g in self._each()
-            if g is not None and transform.owner in v.transforms
+        each = zip(inputs.variables, inputs.state, self.gradients, strict=True)
+        return [
+            (i, v, tensors, g)
+            for i, (v, tensors, g) in enumerate(each)
+            if g is not None and stage.key in v.stages
         ]
-        if transform.look is None or not acted:
+
+    def _look(self, stage: BoundStage) -> list[dict[str, Any]]:
+        """What `look` returns of each tensor that the stage acts on."""
+        acted = self._acted_on(stage)
+        if stage.look is None or not acted:
             return [{} for _ in acted]
 
         def look(large: bool) -> list[dict[str, Any]]:
             # What is made in a branch can't be used outside of it.
             arguments = self.arguments.anew()
-            return [_looked(transform, arguments, *x, large) for x in acted]
+            return [_looked(stage, arguments, *x, large) for _, *x in acted]
 
         if self._overflows is None:
             return look(large=False)
@@ -271,6 +286,11 @@ class Transformed:
             for g in self.gradients
         ]
 
+    def _arguments(self, v: TrainedVariable, owner: int) -> dict[str, Any]:
+        if owner == OPTIMIZER:
+            return self.arguments.for_variable(v)
+        return self.arguments.for_stage(v, owner)
+
     def _sums_of(
         self, gradients: list[Any], owner: int, model: BoundModelRule
     ) -> dict[str, Any]:
@@ -282,8 +302,7 @@ class Transformed:
         ):
             if g is None:
                 continue
-            arguments = self.arguments.for_variable(v, owner)
-            arguments |= {
+            arguments = self._arguments(v, owner) | {
                 letter: ops.cast(x, v.compute_dtype)
                 for letter, x in self.inputs.scalars.model[owner].items()
             }
@@ -296,13 +315,13 @@ class Transformed:
 
 
 def _looked(
-    transform: Any,
+    stage: BoundStage,
     arguments: Arguments,
     v: TrainedVariable,
     tensors: dict,
     g: Any,
     large: bool,
 ) -> dict[str, Any]:
-    given = arguments.for_variable(v, transform.owner) | {"large": large}
-    given |= own_arguments(v, tensors, transform.look, arguments)
-    return transform.look(g, arguments=given)
+    given = arguments.for_stage(v, stage.owner) | {"large": large}
+    given |= own_arguments(v, tensors, stage.look, arguments)
+    return stage.look(g, arguments=given)

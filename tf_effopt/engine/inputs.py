@@ -10,8 +10,15 @@ from typing import Any
 import keras
 from keras import ops
 
-from tf_effopt import random
-from tf_effopt.engine.plan import Arguments, Bound, Plan, Scalars, TrainedVariable
+from tf_effopt import precision, random
+from tf_effopt.engine.plan import (
+    RULE,
+    Arguments,
+    Bound,
+    Plan,
+    Scalars,
+    TrainedVariable,
+)
 
 
 @dataclasses.dataclass
@@ -19,8 +26,8 @@ class Inputs:
     """What a step has to work with on one device.
 
     Attributes:
-        state: for each variable a dict of tensors: `weight`, `slots`, and if
-            the plan has them `accumulator`, `average`, `compensation`.
+        state: for each variable a dict of tensors: `weight`, and under the key of the
+            rule and of each stage a dict of its slots.
         gradients: for each variable a dense tensor, `Rows`, or None (only
             its average moves).
         scalars: the numbers of this step.
@@ -66,24 +73,51 @@ class Inputs:
         missed = ops.reshape(missed, (-1,) + (1,) * (len(v.shape) - 1))
         return t - ops.cast(missed, t.dtype)
 
-    def slots(self, v: TrainedVariable, tensors: dict) -> dict[str, Any]:
+    def slots(
+        self, v: TrainedVariable, tensors: dict, key: str = RULE
+    ) -> dict[str, Any]:
         """The slots of a variable in the dtype of the arithmetic.
 
         Before the variable's first update those that start at the weight are the
         weight of now: it may have been loaded after `build`, or had no value then.
+
+        Args:
+            v: the variable.
+            tensors: its state.
+            key: of the rule or stage whose slots they are.
         """
-        slots = {k: ops.cast(x, v.compute_dtype) for k, x in tensors["slots"].items()}
-        for letter in v.starts_at_weight:
-            w = ops.cast(tensors["weight"], v.compute_dtype)
-            slots[letter] = ops.where(self._count(v) == 1, w, slots[letter])
+        kept = tensors.get(key, {})  # A stage without slots has no entry.
+        slots = {k: ops.cast(x, v.compute_dtype) for k, x in kept.items()}
+        for of, letter in v.starts_at_weight:
+            if of == key:
+                w = ops.cast(tensors["weight"], v.compute_dtype)
+                slots[letter] = ops.where(self._count(v) == 1, w, slots[letter])
         return slots
 
 
+def kept(slots: dict, variables: dict, bits: Any = None) -> dict[str, Any]:
+    """Slots in the dtypes in which they are kept.
+
+    Args:
+        slots: in the dtype of the arithmetic.
+        variables: those before, by which the dtypes go.
+        bits: random ones, to round stochastically what is narrower.
+    """
+    return {
+        letter: precision.store(
+            slots[letter], keras.backend.standardize_dtype(x.dtype), bits
+        )
+        for letter, x in variables.items()
+    }
+
+
 def own_arguments(
-    v: TrainedVariable, tensors: dict, function: Bound, arguments: Arguments
+    v: TrainedVariable, tensors: dict, function: Bound | None, arguments: Arguments
 ) -> dict[str, Any]:
     """What `function` takes that is of one variable."""
-    own = {}
+    own: dict[str, Any] = {}
+    if function is None:
+        return own
     if "w" in function.names:
         own["w"] = ops.cast(tensors["weight"], v.compute_dtype)
     if "noise" in function.names:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,21 +10,16 @@ from keras import ops
 
 from tf_effopt import precision
 from tf_effopt.engine.counts import Counts, follows_variables, numbers_of_each
-from tf_effopt.hyperparameters import Decay, Number
-from tf_effopt.rules import Evaluation, Matrices, ModelRule
+from tf_effopt.hyperparameters import Decay
+from tf_effopt.rules import Matrices
 
-# Arguments of a rule that aren't hyperparameters of its class.
-STEP_ARGUMENTS = ("t", "counts", "learning_rate", "w", "noise", "input_axes")
 CLIP_ARGUMENTS = ("clipnorm", "clipvalue", "global_clipnorm")
-STAGE_ARGUMENTS = (
-    *CLIP_ARGUMENTS,
-    "weight_decay",
-    "ema_momentum",
-    "ema_overwrite_frequency",
-    "loss_scale_factor",
-)
 EVALUATING = "evaluating"  # a slot of the model: 1 or 0
-OPTIMIZER = 0  # the first owner; transforms, then groups, come after it
+OPTIMIZER = 0  # the first owner; stages, then groups, come after it
+RULE = "rule"  # the key of the rule's slots; further keys are those of stages
+ACCUMULATION = "accumulation"
+COMPENSATION = "compensation"
+EMA = "ema"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +58,39 @@ class BoundModelRule:
 
 
 @dataclasses.dataclass(frozen=True)
-class BoundTransform:
-    """A transform, bound; see `tf_effopt.transforms.Transform`."""
+class BoundStage:
+    """A function of a stage, bound; see `tf_effopt.Stage`.
 
+    Attributes:
+        key: under which a variable's state has its slots.
+        owner: whose numbers it takes.
+        where, form: see `tf_effopt.stage.Function`.
+        function: None for numbers of the whole model alone.
+        model, decides, clips, look, elementwise: as of the stage.
+    """
+
+    key: str
     owner: int
-    before: Bound | None
-    after: Bound | None
-    model: BoundModelRule | None
-    decides: bool
-    clips: bool
-    look: Bound | None
+    where: str
+    function: Bound | None
+    form: str = "stage"
+    model: BoundModelRule | None = None
+    decides: bool = False
+    clips: bool = False
+    look: Bound | None = None
+    elementwise: bool = False
+
+    def __call__(
+        self, x: Any, slots: dict, *, g: Any = None, arguments: dict[str, Any]
+    ) -> tuple[Any, dict]:
+        """What becomes of `x`, and the next slots; `g` is what the rule saw."""
+        if self.function is None:
+            return x, slots
+        if self.form == "before":
+            return self.function(x, arguments=arguments), slots
+        if self.form == "after":
+            return self.function(x, g, arguments=arguments), slots
+        return self.function(x, slots, arguments=arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +108,15 @@ class TrainedVariable:
     Attributes:
         rule: bound; the same object for variables that are trained alike.
         part: the name of its rule, for people.
-        transforms: the owners of the transforms that act on it.
+        stages: the keys of the stages that act on it.
         learning_rate_multipliers: the owner and the name of each number that
             the learning rate is multiplied by.
         decays: whether the stage of weight decay acts on it.
         decay: the owner and the name of the number that decays it; None for none.
         matrices: how the rule looks at it; None if as it is.
         input_axes: those along which the weights of an output unit lie.
-        starts_at_weight: the letters of the slots that do.
+        starts_at_weight: the key of the rule or stage and the letter of the slots that
+            do.
         is_stack: whether it is several variables, along the first axis of each tensor.
         members: the indices of a stack's variables.
     """
@@ -109,13 +127,13 @@ class TrainedVariable:
     constraint: Callable | None
     rule: Bound
     part: str
-    transforms: frozenset[int]
+    stages: frozenset[str]
     learning_rate_multipliers: tuple[tuple[int, str], ...]
     decays: bool
     decay: tuple[int, str] | None
     matrices: Matrices | None
     input_axes: tuple[int, ...]
-    starts_at_weight: tuple[str, ...]
+    starts_at_weight: tuple[tuple[str, str], ...]
     is_stack: bool = False
     members: tuple[int, ...] = ()
 
@@ -131,7 +149,7 @@ class Plan:
     Attributes:
         numbers: the hyperparameters that are numbers and in use, in order:
             (owner, name) -> descriptor.
-        transforms: in their order.
+        stages: what stands around the rule, in order.
         model: the optimizer's own model rule, or None.
         upkeep: work on the slots of all tensors together, or None.
         evaluation: how to go to other weights for evaluation, or None. The
@@ -139,22 +157,20 @@ class Plan:
         rounding: one of `precision.ROUNDINGS`.
         accumulation_steps: gradients summed up for one update.
         clip: None or the clipping argument that is set.
-        ema, loss_scale, overwrites: whether the stage exists.
+        loss_scale: whether the stage exists.
         elementwise: whether each element's step depends on it alone.
         is_for_tpu: whether the program is one for a TPU, where other ways are best:
             see `selects` and `checks_by_products`.
     """
 
     numbers: dict[tuple[int, str], Any]
-    transforms: tuple[BoundTransform, ...]
+    stages: tuple[BoundStage, ...]
     model: BoundModelRule | None
     upkeep: Bound | None
     evaluation: BoundEvaluation | None
     rounding: str
     accumulation_steps: int
     clip: str | None
-    ema: bool
-    overwrites: bool
     loss_scale: bool
     elementwise: bool
     is_for_tpu: bool = False
@@ -166,7 +182,7 @@ class Plan:
     @property
     def clips(self) -> bool:
         """Whether a gradient whose squares overflow may be clipped to one that fits."""
-        return self.clip is not None or any(x.clips for x in self.transforms)
+        return self.clip is not None or any(x.clips for x in self.stages)
 
     @property
     def measures_received(self) -> bool:
@@ -194,8 +210,18 @@ class Plan:
 
     @property
     def decides(self) -> bool:
-        """Whether a transform may skip a step."""
-        return any(transform.decides for transform in self.transforms)
+        """Whether a stage may skip a step."""
+        return any(stage.decides for stage in self.stages)
+
+    @property
+    def moves_all(self) -> bool:
+        """Whether a step moves something of variables without a gradient, too."""
+        averages = any(True for _ in self.at("average"))
+        return averages or self.accumulation_steps > 1 or self.evaluation is not None
+
+    def at(self, where: str) -> Iterator[BoundStage]:
+        """The stages of one place, in order."""
+        return (stage for stage in self.stages if stage.where == where)
 
     def update_number(self, iterations: Any) -> Any:
         """The number of the update that comes after so many micro-steps, from 1."""
@@ -203,9 +229,9 @@ class Plan:
 
     def models(self) -> Iterator[tuple[int, BoundModelRule]]:
         """The rules for the whole model, by owner, in their order."""
-        for transform in self.transforms:
-            if transform.model is not None:
-                yield transform.owner, transform.model
+        for stage in self.stages:
+            if stage.model is not None:
+                yield stage.owner, stage.model
         if self.model is not None:
             yield OPTIMIZER, self.model
 
@@ -325,99 +351,18 @@ class Arguments:
             self._numbers_of_each[dtype] = made
         return self._numbers_of_each[dtype]
 
-    def for_variable(self, v: TrainedVariable, owner: int = OPTIMIZER) -> dict:
-        """As `of`, with what is of one variable: learning rate, decay and count."""
+    def for_variable(self, v: TrainedVariable) -> dict:
+        """What its rule receives: learning rate, decay and count are the variable's."""
+        return self.for_stage(v, OPTIMIZER) | self.counted(v, v.index)
+
+    def for_stage(self, v: TrainedVariable, owner: int) -> dict:
+        """What a stage of `owner` receives: learning rate and decay are the variable's.
+
+        The count is that of the model.
+        """
         dtype = v.compute_dtype
         decay = self._zero(dtype) if v.decay is None else self.number(*v.decay, dtype)
         return self.of(owner, dtype) | {
             "learning_rate": self._learning_rate(v),
             "weight_decay": decay,
-            **(self.counted(v, v.index) if owner == OPTIMIZER else {}),
         }
-
-
-# ----------------------------------------------------------------------- making
-
-
-def keyword_arguments(function: Callable) -> tuple[str, ...]:
-    """The names of a function's keyword-only arguments."""
-    return tuple(
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    )
-
-
-class Binder:
-    """Finds, for the functions of one owner, where their arguments come from.
-
-    Args:
-        owner: an optimizer or a transform.
-        number: of this owner.
-        numbers: of the plan; those that the functions use are added.
-        model: the owner's `ModelRule`, or None.
-        look: what else provides arguments: see `Transform.look`.
-    """
-
-    def __init__(
-        self,
-        owner: Any,
-        number: int,
-        numbers: dict,
-        model: ModelRule | None,
-        look: Callable | None = None,
-    ):
-        self.owner = owner
-        self.number = number
-        self.numbers = numbers
-        self.has_model = model is not None or look is not None
-
-    def bind(self, function: Callable, settings: Any = ()) -> Bound:
-        """Binds a function; `settings` are fixed arguments of this use of it."""
-        names, fixed = [], dict(settings)
-        for name in keyword_arguments(function):
-            if name in fixed:
-                continue
-            kind = getattr(type(self.owner), name, None)
-            if name in (*STEP_ARGUMENTS, "weight_decay"):
-                names.append(name)
-            elif kind is not None and hasattr(kind, "structure"):
-                value = getattr(self.owner, name)
-                if not isinstance(kind, Number):
-                    fixed[name] = value
-                elif kind.is_off(value):
-                    fixed[name] = None
-                else:
-                    self.numbers[self.number, name] = kind
-                    names.append(name)
-            elif self.has_model:
-                names.append(name)
-            else:
-                raise TypeError(
-                    f"`{function.__name__}` takes `{name}`, which nothing provides: "
-                    f"it is none of {', '.join(STEP_ARGUMENTS)}, and "
-                    f"{type(self.owner).__name__} has no such hyperparameter."
-                )
-        extra = set(fixed) - set(keyword_arguments(function))
-        return Bound(
-            function,
-            tuple(names),
-            {name: value for name, value in fixed.items() if name not in extra},
-        )
-
-    def bind_model(self, model: ModelRule | None) -> BoundModelRule | None:
-        if model is None:
-            return None
-        return BoundModelRule(
-            rule=self.bind(model.rule),
-            measure=None if model.measure is None else self.bind(model.measure),
-            starts={letter: start for letter, (_, start) in model.slots.items()},
-            each_count=model.each_count,
-        )
-
-    def bind_evaluation(self, evaluation: Evaluation | None) -> BoundEvaluation | None:
-        if evaluation is None:
-            return None
-        return BoundEvaluation(
-            self.bind(evaluation.to_evaluation), self.bind(evaluation.to_training)
-        )

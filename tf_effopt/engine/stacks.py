@@ -67,7 +67,7 @@ def _kind(plan: Plan, v: TrainedVariable, g: Any) -> Hashable | None:
         or plan.upkeep is not None
         or measures
         or (plan.evaluation is not None and not plan.elementwise)
-        or v.transforms
+        or any(x.key in v.stages and not x.elementwise for x in plan.stages)
         or v.constraint is not None
         or v.matrices is not None
     )
@@ -75,7 +75,7 @@ def _kind(plan: Plan, v: TrainedVariable, g: Any) -> Hashable | None:
     is_dense = g is not None and not isinstance(g, Rows)
     if looks_at_whole_tensors or draws or not is_dense or math.prod(v.shape) > SMALL:
         return None
-    alike = v.learning_rate_multipliers, v.decays, v.decay
+    alike = v.learning_rate_multipliers, v.decays, v.decay, v.stages
     return v.shape, v.dtype, str(g.dtype), id(v.rule), *alike
 
 

@@ -34,8 +34,8 @@ from keras import ops, tree
 from tf_effopt.engine.gradients import (
     GRADIENT,
     Transformed,
-    accumulate,
     accumulated,
+    accumulators,
     measured_numbers,
     sum_of,
     unscaled,
@@ -49,7 +49,7 @@ from tf_effopt.engine.large import (
     phases_before,
 )
 from tf_effopt.engine.matrices import Share, matrix_steps
-from tf_effopt.engine.plan import OPTIMIZER, Arguments, Plan
+from tf_effopt.engine.plan import ACCUMULATION, OPTIMIZER, Arguments, Plan
 from tf_effopt.engine.stacks import Stacks
 from tf_effopt.engine.updates import averaged, updated, upkept
 
@@ -171,7 +171,7 @@ def _step(inputs: Inputs) -> tuple[list[dict], Outcome]:
         # The micro-steps of this update are taken back.
         counted = ops.where(skips, ops.cast(1 - n, counted.dtype), counted)
         # Of a step that is skipped only those that decide about it keep a memory.
-        deciding = {x.owner for x in plan.transforms if x.decides}
+        deciding = {x.owner for x in plan.stages if x.decides}
         remembered = {k: x for k, x in decided.model.items() if k in deciding}
         model_before = _where(proceed, scalars.model | remembered, scalars.model)
         proceed = ops.logical_and(proceed, ops.logical_not(skips))
@@ -181,33 +181,36 @@ def _step(inputs: Inputs) -> tuple[list[dict], Outcome]:
     # What `update` doesn't change goes through a branch that does nothing at
     # all: only then does XLA update in place. The mark goes with it to tell
     # the accumulators, which move in either case, what happened.
-    before = [{k: x for k, x in s.items() if k != "accumulator"} for s in inputs.state]
+    before = [{k: x for k, x in s.items() if k != ACCUMULATION} for s in inputs.state]
     mark = ops.cast(finite, "float32")
 
-    def update() -> tuple[list[dict], dict, Any]:
+    def update() -> tuple[list[dict], Arguments, tuple[dict, Any]]:
         work = decided or prepared.transformed()
         arguments, model = prepared.arguments(work)
         after = updated(inputs, before, work.gradients, arguments)
+        after = [new | own for new, own in zip(after, work.kept_slots(), strict=True)]
         if plan.upkeep is not None:
             after = upkept(inputs, after, work.gradients, arguments)
-        return after, model, mark * 0.0
+        return after, arguments, (model, mark * 0.0)
 
     def whole_update() -> tuple[list[dict], dict, Any]:
-        after, model, mark = update()
-        return averaged(inputs, after), model, mark
+        after, arguments, others = update()
+        return averaged(inputs, after, arguments), *others
 
     unchanged = (before, model_before, mark)
     if plan.selects:
-        after, model, mark = _where(proceed, update(), unchanged)
+        after, arguments, others = update()
+        after, model, mark = _where(proceed, (after, *others), unchanged)
         # Of the weights that are kept: XLA makes one loop of a tensor's update only
         # if what leads to an output is one itself.
-        after = _where(proceed, averaged(inputs, after), after)
+        after = _where(proceed, averaged(inputs, after, arguments), after)
     else:
         after, model, mark = ops.cond(proceed, whole_update, lambda: unchanged)
     if n > 1:
         if plan.decides:
             mark = ops.where(skips, ops.zeros_like(mark), mark)
-        accumulate(inputs, gradients, after, mark, finite)
+        sums = accumulators(inputs, gradients, mark, finite)
+        after = [new | own for new, own in zip(after, sums, strict=True)]
     return after, Outcome(finite, counted, model)
 
 

@@ -55,7 +55,7 @@ def is_own(key: Hashable) -> bool:
 
 
 def _package(x: Any) -> str:
-    return x.__module__.partition(".")[0]
+    return (x.__module__ or "").partition(".")[0]  # What `exec` made may have none.
 
 
 class _Identity:

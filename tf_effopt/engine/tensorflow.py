@@ -22,6 +22,7 @@ from tf_effopt.engine.plan import OPTIMIZER, Scalars
 from tf_effopt.engine.programs import Program, assign, shared_update
 from tf_effopt.engine.watching import watchers
 from tf_effopt.paths import path_of
+from tf_effopt.rules import Part
 
 log = logging.getLogger("tf_effopt")
 
@@ -75,9 +76,12 @@ class TensorFlowEngine(Engine):
             return bool(tf.raw_ops.VarIsInitializedOp(resource=local.handle))
 
     def build(
-        self, state: list[dict | None], model_state: dict[int, dict[str, Any]]
+        self,
+        state: list[dict | None],
+        parts: list[Part | None],
+        model_state: dict[int, dict[str, Any]],
     ) -> None:
-        super().build(state, model_state)
+        super().build(state, parts, model_state)
         is_for_tpu = _compiles_steps(self.strategy)
         self.plan = dataclasses.replace(self.plan, is_for_tpu=is_for_tpu)
         only_first = tf.VariableAggregation.ONLY_FIRST_REPLICA

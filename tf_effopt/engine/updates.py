@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from keras import ops
 
 from tf_effopt import precision, random
-from tf_effopt.averaging import ema
-from tf_effopt.engine.inputs import Inputs
+from tf_effopt.engine.inputs import Inputs, kept, own_arguments
 from tf_effopt.engine.matrices import matrix_steps
-from tf_effopt.engine.plan import EVALUATING, OPTIMIZER, Arguments, TrainedVariable
+from tf_effopt.engine.plan import (
+    COMPENSATION,
+    EVALUATING,
+    OPTIMIZER,
+    RULE,
+    Arguments,
+    BoundStage,
+    TrainedVariable,
+)
 from tf_effopt.engine.sparse import Rows
 
 
@@ -45,7 +53,8 @@ def _update_one(
     """Stages 7 to 11 for one variable; `step` is its rule's, if known already."""
     after = dict(tensors)
     if isinstance(g, Rows):
-        touched = {k: x for k, x in tensors.items() if k != "average"}
+        averages = {stage.key for stage in inputs.plan.at("average")}
+        touched = {k: x for k, x in tensors.items() if k not in averages}
         rows = g.gather(touched)
         rows = _apply_rule(
             inputs, v, rows, g.values, arguments, elements=g.elements(v.shape)
@@ -53,22 +62,25 @@ def _update_one(
         after |= g.scatter(touched, rows)
     elif g is not None:
         after |= _apply_rule(inputs, v, tensors, g, arguments, step)
-    elif v.starts_at_weight:
-        after["slots"] = _stored(inputs.slots(v, tensors), tensors)
+    elif any(key == RULE for key, _ in v.starts_at_weight):
+        after[RULE] = kept(inputs.slots(v, tensors), tensors[RULE])
     if g is not None and v.constraint is not None:
         after["weight"] = ops.cast(v.constraint(after["weight"]), v.dtype)
     return after
 
 
-def averaged(inputs: Inputs, state: list[dict]) -> list[dict]:
+def averaged(inputs: Inputs, state: list[dict], arguments: Arguments) -> list[dict]:
     """Stage 12, of the state after all others."""
-    if not inputs.plan.ema:
-        return state
-    arguments = Arguments(inputs.plan, inputs.scalars)
-    return [
-        tensors | _average(inputs, v, tensors, arguments)
-        for v, tensors in zip(inputs.variables, state, strict=True)
-    ]
+    for stage in inputs.plan.at("average"):
+        state = [
+            tensors | _average(inputs, stage, v, before, tensors, arguments)
+            if stage.key in v.stages
+            else tensors
+            for v, before, tensors in zip(
+                inputs.variables, inputs.state, state, strict=True
+            )
+        ]
+    return state
 
 
 def upkept(
@@ -83,12 +95,12 @@ def upkept(
     for dtype, members in dtypes.items():
         slots = inputs.plan.upkeep(
             [gradients[i] for i in members],
-            [state[i]["slots"] for i in members],
+            [state[i].get(RULE, {}) for i in members],
             arguments=arguments.of(OPTIMIZER, dtype)
             | {"counts": _counts(inputs, members, arguments, dtype)},
         )
         for i, own in zip(members, slots, strict=True):
-            after[i] = state[i] | {"slots": own}
+            after[i] = state[i] | {RULE: own}
     return after
 
 
@@ -134,28 +146,34 @@ def _apply_rule(
         delta, new_slots = _rule_of_each(v, g, slots, w, arguments)
     else:
         delta, new_slots = step or v.rule(g, slots, arguments=mine)
-    for transform in plan.transforms:
-        if transform.after is not None and transform.owner in v.transforms:
-            own = arguments.for_variable(v, transform.owner) | {"w": w}
-            delta = transform.after(delta, g, arguments=own)
+    after = {RULE: kept(new_slots, tensors.get(RULE, {}))}
+
+    def staged(x: Any, where: str, **further: Any) -> Any:
+        for stage in plan.at(where):
+            if stage.key not in v.stages:
+                continue
+            given = arguments.for_stage(v, stage.owner) | further | {"g": g}
+            given |= own_arguments(v, tensors, stage.function, arguments)
+            own = inputs.slots(v, tensors, stage.key)
+            x, own = stage(x, own, g=g, arguments=given)
+            if own:
+                after[stage.key] = kept(own, tensors[stage.key])
+        return x
+
+    delta = staged(delta, "update")
     if v.decays:
         delta = delta - mine["learning_rate"] * mine["weight_decay"] * w
-    after = {"slots": _stored(new_slots, tensors)}
-    if "compensation" in tensors:
-        delta = delta + ops.cast(tensors["compensation"], v.compute_dtype)
-        after["weight"] = precision.store(w + delta, v.dtype)
-        lost = (w + delta) - ops.cast(after["weight"], v.compute_dtype)
-        after["compensation"] = ops.cast(lost, tensors["compensation"].dtype)
-    else:
-        stochastic = plan.rounding == "stochastic"
-        bits = _bits(v, inputs.t, elements, salt=0) if stochastic else None
-        after["weight"] = precision.store(w + delta, v.dtype, bits)
+    stochastic = plan.rounding == "stochastic"
+    bits = _bits(v, inputs.t, elements, salt=0) if stochastic else None
+    rounded = functools.partial(_rounded, v.dtype)
+    new = staged(w + delta, "write", delta=delta, rounded=rounded)
+    after["weight"] = precision.store(new, v.dtype, bits)
     return after
 
 
-def _stored(slots: dict, tensors: dict) -> dict:
-    """Slots in the dtypes in which they are kept."""
-    return {k: ops.cast(slots[k], x.dtype) for k, x in tensors["slots"].items()}
+def _rounded(dtype: str, x: Any) -> Any:
+    """Rounded to the nearest number of a dtype, in the dtype that it has."""
+    return ops.cast(precision.store(x, dtype), x.dtype)
 
 
 def _rule_of_each(
@@ -194,32 +212,43 @@ def switched(inputs: Inputs, to_evaluation: bool) -> list[Any]:
 
 
 def _average(
-    inputs: Inputs, v: TrainedVariable, tensors: dict, arguments: Arguments
+    inputs: Inputs,
+    stage: BoundStage,
+    v: TrainedVariable,
+    before: dict,
+    after: dict,
+    arguments: Arguments,
 ) -> dict:
-    """Stage 12 for one variable."""
+    """One stage on one variable's weight: what changes of its state.
+
+    Args:
+        before, after: its state, before and after the update.
+    """
     plan, t = inputs.plan, inputs.t
-    numbers = arguments.of(OPTIMIZER, v.compute_dtype)
-    average = ema.ema_rule(
-        ops.cast(tensors["average"], v.compute_dtype),
-        ops.cast(tensors["weight"], v.compute_dtype),
-        t=t,
-        ema_momentum=numbers["ema_momentum"],
-    )
+    given = arguments.for_stage(v, stage.owner)
+    given |= own_arguments(v, after, stage.function, arguments) | {"t": t}
+    w = ops.cast(after["weight"], v.compute_dtype)
+    if COMPENSATION in after:
+        w = w + ops.cast(after[COMPENSATION]["lost"], v.compute_dtype)
+    new, slots = stage(w, inputs.slots(v, before, stage.key), arguments=given)
     # An average moves too slowly for rounding to nearest, compensated or not.
     bits = None if plan.rounding == "nearest" else _bits(v, t, None, salt=1)
-    average = precision.store(average, v.dtype, bits)
-    after = {"average": average}
-    if plan.overwrites:
-        frequency = ops.cast(numbers["ema_overwrite_frequency"], t.dtype)
-        after["weight"] = ema.overwrite(
-            average, tensors["weight"], t=t, frequency=frequency
-        )
-        if "compensation" in tensors:
-            c = tensors["compensation"]
-            after["compensation"] = ema.overwrite(
-                ops.zeros_like(c), c, t=t, frequency=frequency
-            )
-    return after
+    own = {stage.key: kept(slots, before[stage.key], bits)} if slots else {}
+    return own if new is w else own | _moved(v, w, new, after, bits)
+
+
+def _moved(v: TrainedVariable, w: Any, new: Any, tensors: dict, bits: Any) -> dict:
+    """A weight moved from `w` to `new`, as it is kept; not rounded where it stays."""
+    weight = precision.store(new, v.dtype, bits)
+    if COMPENSATION not in tensors:
+        return {"weight": weight}
+    before = tensors[COMPENSATION]["lost"]
+    lost = ops.cast(new - ops.cast(weight, v.compute_dtype), before.dtype)
+    stays = new == w
+    return {
+        "weight": ops.where(stays, tensors["weight"], weight),
+        COMPENSATION: {"lost": ops.where(stays, before, lost)},
+    }
 
 
 def _bits(v: TrainedVariable, t: Any, elements: Any, salt: int) -> Any | None:

@@ -88,7 +88,7 @@ def _smallest_of_each_kind(variables: list[TrainedVariable]) -> dict[Hashable, i
 def _functions_of(plan: Plan) -> list[Callable | None]:
     """What the update of all variables calls that isn't the engine's own."""
     bound = [plan.upkeep]
-    bound += [x for t in plan.transforms for x in (t.before, t.after)]
+    bound += [x for stage in plan.stages for x in (stage.function, stage.look)]
     bound += [x for _, model in plan.models() for x in (model.rule, model.measure)]
     if plan.evaluation is not None:
         bound.append(plan.evaluation.to_training)
