@@ -418,6 +418,10 @@ class Decay:
         self._each = each
         self._powers: list[Decay] | None = None
 
+    def unused(self) -> Decay:
+        """The same number, without the powers that were made of it."""
+        return Decay(self.value, self.complement, self._each)
+
     def __mul__(self, other: Any) -> Any:
         return self.value * other
 

@@ -123,16 +123,21 @@ class Engine:
         """
         raise NotImplementedError
 
+    def trained_indices(self) -> list[int]:
+        """The variables that a rule may train: those that aren't frozen."""
+        frozen = self.optimizer._frozen
+        return [
+            i
+            for i, tensors in enumerate(self.state)
+            if tensors is not None and i not in frozen
+        ]
+
     def without_gradient(self, indices: list[int]) -> list[int]:
         """The trained variables that miss an update of those of `indices`."""
         if not self.counts_each:
             return []
-        left_out = set(indices) | self.optimizer._frozen
-        return [
-            i
-            for i, tensors in enumerate(self.state)
-            if tensors is not None and i not in left_out
-        ]
+        given = set(indices)
+        return [i for i in self.trained_indices() if i not in given]
 
     def updates_between(self, before: Any, after: Any) -> Any:
         """How many updates there were between two counts of micro-steps."""
@@ -202,12 +207,7 @@ class Engine:
 
     def switch(self, to_evaluation: bool) -> None:
         """Puts in place the weights to evaluate at, or those to train at."""
-        frozen = self.optimizer._frozen
-        trained = [
-            i
-            for i, tensors in enumerate(self.state)
-            if tensors is not None and i not in frozen
-        ]
+        trained = self.trained_indices()
         inputs = Inputs(
             self.plan,
             [self.variables[i] for i in trained],

@@ -57,15 +57,9 @@ def measured_numbers(inputs: Inputs, gradients: list[Any]) -> list[Any]:
     gradient if each is clipped by its own; else tensors of one shape share one.
     """
     plan = inputs.plan
-    seen = []
-    for tensors, g in zip(inputs.state, gradients, strict=True):
-        if g is None:
-            continue
-        if plan.accumulation_steps > 1 and plan.clips:
-            g = (tensors[ACCUMULATION]["sum"] + g) / plan.accumulation_steps
-        elif isinstance(g, Rows):
-            g = g.unique
-        seen.append(g)
+    if plan.accumulation_steps > 1 and plan.clips:
+        gradients = accumulated(inputs, gradients)
+    seen = inputs.seen(gradients)
     products, squares = [], seen
     if plan.checks_by_products:
         products = [_sum_by_product(g) for g in seen if _is_large(g)]
@@ -112,9 +106,11 @@ def accumulators(
 ) -> list[dict]:
     """Stage 4, what is kept: `mark` is 1 after a micro-step, 0 after an update."""
     after = []
-    for tensors, g in zip(inputs.state, gradients, strict=True):
+    for i, (tensors, g) in enumerate(zip(inputs.state, gradients, strict=True)):
         before = tensors[ACCUMULATION]["sum"]
         grown = before if g is None else before + g
+        if inputs.is_present(i) is not None:
+            grown = ops.where(inputs.is_present(i), grown, before)
         # Not a product: the sum of finite gradients may be infinite.
         grown = ops.where(mark > 0, grown, ops.zeros_like(grown))
         after.append({ACCUMULATION: {"sum": ops.where(finite, grown, before)}})
@@ -199,11 +195,21 @@ class Transformed:
             changed[i], self.slots[i][stage.key] = stage(g, slots, arguments=arguments)
         self.gradients = changed
 
-    def kept_slots(self) -> list[dict[str, dict]]:
-        """The next slots of the stages that have run, as they are kept."""
+    def kept_slots(self, inputs: Inputs) -> list[dict[str, dict]]:
+        """The next slots of the stages that have run, as they are kept.
+
+        Args:
+            inputs: by which a variable has a gradient, in a step that is taken.
+        """
         return [
-            {key: kept(slots, tensors[key]) for key, slots in own.items() if slots}
-            for own, tensors in zip(self.slots, self.inputs.state, strict=True)
+            {
+                key: inputs.if_present(i, kept(slots, tensors[key]), tensors[key])
+                for key, slots in own.items()
+                if slots
+            }
+            for i, (own, tensors) in enumerate(
+                zip(self.slots, inputs.state, strict=True)
+            )
         ]
 
     def optimizer_numbers(self) -> tuple[dict[str, Any], dict]:
@@ -297,8 +303,8 @@ class Transformed:
         dtype = self.inputs.scalar_dtype
         parts: dict[str, list[Any]] = {}
         inputs = self.inputs
-        for v, tensors, g in zip(
-            inputs.variables, inputs.state, gradients, strict=True
+        for i, (v, tensors, g) in enumerate(
+            zip(inputs.variables, inputs.state, gradients, strict=True)
         ):
             if g is None:
                 continue
@@ -310,6 +316,7 @@ class Transformed:
             slots = self.inputs.slots(v, tensors)
             measured = model.measure(g, slots, arguments=arguments)
             for name, x in measured.items():
+                x = self.inputs.if_present(i, x, ops.zeros_like(x))
                 parts.setdefault(name, []).append(x)
         return {name: sum_of(numbers, dtype) for name, numbers in parts.items()}
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras import ops
+from keras import ops, tree
 
 from tf_effopt import precision, random
 from tf_effopt.engine.plan import (
@@ -19,6 +19,7 @@ from tf_effopt.engine.plan import (
     Scalars,
     TrainedVariable,
 )
+from tf_effopt.engine.sparse import Rows
 
 
 @dataclasses.dataclass
@@ -35,6 +36,8 @@ class Inputs:
             is measured here, where there is one device only.
         matrix_steps: what `matrices.matrix_steps` returns, if it is known; None
             where it is to be computed.
+        proceeds: boolean, whether the step is taken, if the update is to ask; None
+            where it is in a branch of its own.
         stacks_matrices: whether large matrices of one shape are multiplied as
             a stack. Otherwise, and that is faster on a CPU, each is alone.
     """
@@ -46,6 +49,7 @@ class Inputs:
     scalars: Scalars
     totals: dict[str, dict[str, Any]] | None = None
     matrix_steps: dict[int, tuple[Any, dict]] | None = None
+    proceeds: Any = None
     stacks_matrices: bool = True
 
     @property
@@ -61,6 +65,36 @@ class Inputs:
         """The sums of a phase over all devices."""
         known = self.totals or {}
         return known[phase] if phase in known else sums()
+
+    def of_step(self, proceed: Any) -> Inputs:
+        """The same for a step in which no variable has a gradient unless it proceeds."""
+        present = [ops.logical_and(proceed, x) for x in self.scalars.present]
+        scalars = dataclasses.replace(self.scalars, present=present)
+        return dataclasses.replace(self, scalars=scalars, proceeds=proceed)
+
+    def is_present(self, i: int) -> Any:
+        """Whether a variable has a gradient, if that is known at run time only; or None."""
+        return None if self.scalars.present is None else self.scalars.present[i]
+
+    def if_present(self, i: int, new: Any, old: Any) -> Any:
+        """Nested tensors: `new`, or `old` where a variable has no gradient."""
+        is_present = self.is_present(i)
+        if is_present is None:
+            return new
+        return tree.map_structure(lambda x, y: ops.where(is_present, x, y), new, old)
+
+    def seen(self, gradients: list[Any]) -> list[Any]:
+        """The gradients of a list that are there, to be looked at: 0 for stand-ins."""
+        found = []
+        for i, g in enumerate(gradients):
+            if g is None:
+                continue
+            g = g.unique if isinstance(g, Rows) else g
+            is_present = self.is_present(i)
+            if is_present is not None:
+                g = ops.where(is_present, g, ops.zeros_like(g))
+            found.append(g)
+        return found
 
     def _count(self, v: TrainedVariable) -> Any:
         """The number of this update of a variable, or of each in a stack."""

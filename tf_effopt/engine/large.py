@@ -23,7 +23,6 @@ from tf_effopt.engine.gradients import (
 )
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.plan import OPTIMIZER, Arguments, Plan
-from tf_effopt.engine.sparse import Rows
 from tf_effopt.transforms import clipping
 
 SHRUNK = "shrunk"  # the phase of the second look
@@ -136,7 +135,7 @@ class LargeGradient:
             factor = clipping.shrinking(self.overflows, dtype)
             seen = [
                 clipping.shrunk(ops.cast(g, dtype), self.overflows, factor)
-                for g in _dense(accumulated(inputs, unscaled(inputs)))
+                for g in inputs.seen(accumulated(inputs, unscaled(inputs)))
             ]
             groups = [[g] for g in seen] if alone else [seen]
             return self._vector([_sum_of_squares(group, dtype) for group in groups])
@@ -149,11 +148,7 @@ class LargeGradient:
         work = self.transformed(accumulated(inputs, unscaled(inputs)))
         if inputs.plan.clip is None:
             work.run()
-        return _sum_of_squares(_dense(work.gradients), inputs.scalar_dtype)
-
-
-def _dense(gradients: list[Any]) -> list[Any]:
-    return [g.unique if isinstance(g, Rows) else g for g in gradients if g is not None]
+        return _sum_of_squares(inputs.seen(work.gradients), inputs.scalar_dtype)
 
 
 def _sum_of_squares(gradients: list[Any], dtype: str) -> Any:

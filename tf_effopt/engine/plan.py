@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -249,6 +250,8 @@ class Scalars:
             have the model's count. See `tf_effopt.engine.counts`.
         of_each: dtype -> name -> for each variable a number that follows from its
             count; None where they are made when they are asked for.
+        present: for each variable of a program a boolean, whether it has a gradient; one
+            that hasn't got is passed a stand-in. None where gradients are what they are.
     """
 
     iterations: Any
@@ -257,6 +260,7 @@ class Scalars:
     model: dict[int, dict[str, Any]]
     missed: Any = None
     of_each: dict[str, dict[str, list[Any]]] | None = None
+    present: list[Any] | None = None
 
 
 class Arguments:
@@ -280,6 +284,24 @@ class Arguments:
         scalars = dataclasses.replace(self.scalars, missed=None, of_each=None)
         other = Arguments(self.plan, scalars)
         other.numbers = self.numbers
+        return other
+
+    def in_branch(self, v: TrainedVariable) -> Arguments:
+        """The same for a branch in which `v` is updated.
+
+        What it may ask for is made now, outside of the branch; what is made in it can't
+        be used outside.
+        """
+        self.for_variable(v)
+        for stage in self.plan.stages:
+            if stage.key in v.stages:
+                self.for_stage(v, stage.owner)
+        other = copy.copy(self)
+        other._cached = {
+            key: {name: _unused(x) for name, x in numbers.items()}
+            for key, numbers in self._cached.items()
+        }
+        other._zeros, other._rates = dict(self._zeros), dict(self._rates)
         return other
 
     def of(self, owner: int, dtype: str) -> dict[str, Any]:
@@ -366,3 +388,8 @@ class Arguments:
             "learning_rate": self._learning_rate(v),
             "weight_decay": decay,
         }
+
+
+def _unused(number: Any) -> Any:
+    """A decay rate of which no power has been made yet; other numbers as they are."""
+    return number.unused() if isinstance(number, Decay) else number

@@ -92,7 +92,7 @@ class Update:
             Scalars(*scalars),
             totals,
             matrix_steps,
-            self.stacks_matrices,
+            stacks_matrices=self.stacks_matrices,
         )
 
     def _run(
@@ -181,10 +181,9 @@ class Program:
         self.handles = state
         if not update.is_inlined:
             self.handles = tf.nest.map_structure(lambda v: v.handle, state)
-        # With the variables, as passing so many arguments from Python takes long. The
-        # first call doesn't wait until it is traced.
+        # With the variables, as passing so many arguments from Python takes long. Called
+        # by itself and in a graph, XLA would compile the update twice.
         self.whole_function = function_of(self._run)
-        self._has_run = update.is_inlined
 
     @property
     def device(self) -> str:
@@ -200,23 +199,30 @@ class Program:
         """Updates the variables."""
         run = self._run
         if self.update.is_inlined or tf.executing_eagerly():
-            run = self.whole_function if self._has_run else run
-            self._has_run = True
+            run = self.whole_function
         with tf.device(self.device):
             found = run(self._own(gradients), plain(scalars), totals, matrix_steps)
         return stages.Outcome(*found)
 
     def _run(self, gradients: list[Any], scalars: tuple, *others: Any) -> tuple:
-        scalars = self._with_numbers_of_each(Scalars(*scalars))
+        scalars = self._with_presence(Scalars(*scalars))
+        scalars = self._with_numbers_of_each(scalars)
         return self.update.run(self.handles, gradients, plain(scalars), *others)
 
-    def _with_numbers_of_each(self, scalars: Scalars) -> Scalars:
-        """With the numbers that follow from each variable's count, as scalars.
+    # In the compiled program the numbers of each variable would be slices of vectors,
+    # and XLA, which compiles the update of variables of one shape once, would compile one
+    # for each slice. Here they become scalars.
 
-        In the compiled program they would be slices of vectors, and XLA, which
-        compiles the update of variables of one shape once, would compile one for each
-        slice.
-        """
+    def _with_presence(self, scalars: Scalars) -> Scalars:
+        """With what of these variables has a gradient."""
+        if scalars.present is None:
+            return scalars
+        each = tf.unstack(scalars.present)
+        present = [each[v.index] for v in self.update.variables]
+        return dataclasses.replace(scalars, present=present)
+
+    def _with_numbers_of_each(self, scalars: Scalars) -> Scalars:
+        """With the numbers that follow from each variable's count."""
         model = self.update.plan.model
         if scalars.missed is None or model is None or not model.each_count:
             return scalars
@@ -234,7 +240,7 @@ class Program:
             return self.update.matrix_share(
                 self.handles,
                 self._own(gradients),
-                plain(scalars),
+                plain(self._with_presence(scalars)),
                 totals,
                 tf.convert_to_tensor(replica),
             )
@@ -243,7 +249,7 @@ class Program:
         self, phase: str, gradients: list[Any], scalars: Scalars, totals: dict
     ) -> dict[str, Any]:
         """This device's share of what a phase sums up."""
-        own, numbers = self._own(gradients), plain(scalars)
+        own, numbers = self._own(gradients), plain(self._with_presence(scalars))
         with tf.device(self.device):
             return self.update.measure(phase, self.handles, own, numbers, totals)
 

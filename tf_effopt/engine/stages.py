@@ -184,22 +184,27 @@ def _step(inputs: Inputs) -> tuple[list[dict], Outcome]:
     before = [{k: x for k, x in s.items() if k != ACCUMULATION} for s in inputs.state]
     mark = ops.cast(finite, "float32")
 
-    def update() -> tuple[list[dict], Arguments, tuple[dict, Any]]:
+    def update(inputs: Inputs) -> tuple[list[dict], Arguments, tuple[dict, Any]]:
         work = decided or prepared.transformed()
         arguments, model = prepared.arguments(work)
         after = updated(inputs, before, work.gradients, arguments)
-        after = [new | own for new, own in zip(after, work.kept_slots(), strict=True)]
+        slots = work.kept_slots(inputs)
+        after = [new | own for new, own in zip(after, slots, strict=True)]
         if plan.upkeep is not None:
             after = upkept(inputs, after, work.gradients, arguments)
         return after, arguments, (model, mark * 0.0)
 
     def whole_update() -> tuple[list[dict], dict, Any]:
-        after, arguments, others = update()
+        after, arguments, others = update(inputs)
         return averaged(inputs, after, arguments), *others
 
     unchanged = (before, model_before, mark)
-    if plan.selects:
-        after, arguments, others = update()
+    if scalars.present is not None:
+        after, arguments, others = update(inputs.of_step(proceed))
+        model, mark = _where(proceed, others, unchanged[1:])
+        after = _where(proceed, averaged(inputs, after, arguments), after)
+    elif plan.selects:
+        after, arguments, others = update(inputs)
         after, model, mark = _where(proceed, (after, *others), unchanged)
         # Of the weights that are kept: XLA makes one loop of a tensor's update only
         # if what leads to an output is one itself.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,13 +19,15 @@ import tensorflow as tf
 
 from tf_effopt.engine import is_sparse, private_names, reduction, stages, xla
 from tf_effopt.engine.base import Engine
-from tf_effopt.engine.plan import OPTIMIZER, Scalars
+from tf_effopt.engine.plan import OPTIMIZER, Scalars, TrainedVariable
 from tf_effopt.engine.programs import Program, assign, shared_update
 from tf_effopt.engine.watching import watchers
 from tf_effopt.paths import path_of
 from tf_effopt.rules import Part
 
 log = logging.getLogger("tf_effopt")
+
+ANY_SET = "any set"  # a key of programs that are told which gradients there are
 
 do_not_convert = tf.autograph.experimental.do_not_convert
 init_scope = tf.init_scope
@@ -37,6 +40,8 @@ class TensorFlowEngine(Engine):
         super().__init__(optimizer)
         self.strategy = tf.distribute.get_strategy()
         self._programs: dict[tuple, list[Program]] = {}
+        self._stand_ins: dict[tuple, tf.Tensor] = {}
+        self._usual_sets: dict[tuple, tuple] = {}  # the first set of each place
         self._pairs: tf.Variable | None = None
         self._skipped: tf.Variable | None = None
         self._missed: tf.Variable | None = None
@@ -111,11 +116,11 @@ class TensorFlowEngine(Engine):
     def apply(self, gradients: list[Any], indices: list[int]) -> Any:
         self._check_context()
         received = map(self._received, gradients, indices)
-        gradients = self._all_reduce_gradients(list(received))
-        programs = self._programs_for(gradients, indices)
-        optimizer, scalars = self.optimizer, self.scalars()
+        received = self._all_reduce_gradients(list(received))
+        programs, gradients, present = self._programs_for(received, indices)
+        optimizer, scalars = self.optimizer, self.scalars(present)
         if len(programs) == 1:
-            totals = self._known_totals(gradients, indices)
+            totals = self._known_totals(received, indices)
         else:
             # Clipping by a global norm, for one, looks at all devices.
             totals = {}
@@ -242,14 +247,18 @@ class TensorFlowEngine(Engine):
     def skipped_steps(self) -> int | None:
         return 0 if self._skipped is None else int(self._skipped.numpy())
 
-    def scalars(self) -> Scalars:
+    def scalars(self, present: Any = None) -> Scalars:
         optimizer = self.optimizer
+        agree = present is None and self._counts_agree()
         return Scalars(
             tf.convert_to_tensor(optimizer._iterations),
             tf.convert_to_tensor(optimizer.learning_rate),
             tf.convert_to_tensor(self._pairs),
             _map(tf.convert_to_tensor, _map(_local, self.model_state)),
-            None if self._counts_agree() else tf.convert_to_tensor(self._missed),
+            None
+            if agree or not self.counts_each
+            else tf.convert_to_tensor(self._missed),
+            present=present,
         )
 
     def _counts_agree(self) -> bool:
@@ -272,15 +281,60 @@ class TensorFlowEngine(Engine):
 
     # ------------------------------------------------------------- programs
 
-    def _programs_for(self, gradients: list[Any], indices: list[int]) -> list[Program]:
-        """The programs of this replica for gradients of these variables."""
+    def _programs_for(
+        self, gradients: list[Any], indices: list[int]
+    ) -> tuple[list[Program], list[Any], Any]:
+        """The programs of this replica for gradients of these variables.
+
+        The first set of variables has programs of its own. All other sets, such as those
+        of stochastic depth, share programs that are told which gradients there are.
+
+        Returns:
+            The programs; the gradients that they take; a boolean for each variable,
+            whether it has a gradient, or None for programs of this set.
+        """
         here = _local(self.state[indices[0]]["weight"]).device
         kinds = tuple(is_sparse(g) for g in gradients)
         # What is watched runs as other operations than what isn't.
-        key = (here, tuple(indices), kinds, watchers())
-        if key not in self._programs:
-            self._programs[key] = self._make_programs(indices)
-        return self._programs[key]
+        place = here, watchers()
+        key = (*place, tuple(indices), kinds)
+        usual = self._usual_sets.setdefault(place, key)
+        any_set = (*place, ANY_SET)
+        if not _shares_programs(self) or (
+            # A set that comes back isn't compiled anew for counts that differ by now.
+            key == usual and (any_set not in self._programs or self._counts_agree())
+        ):
+            if key not in self._programs:
+                self._programs[key] = self._make_programs(indices)
+            return self._programs[key], gradients, None
+        trained = self.trained_indices()
+        if any_set not in self._programs:
+            self._programs[any_set] = self._make_programs(trained)
+        given = dict(zip(indices, gradients, strict=True))
+        filled = [self._filled(given.get(i), self.variables[i]) for i in trained]
+        present = np.zeros(len(self.state), bool)
+        present[indices] = True
+        return self._programs[any_set], filled, tf.constant(present)
+
+    def _filled(self, gradient: Any, v: TrainedVariable) -> tf.Tensor:
+        """A gradient, or what is passed in the place of one that isn't there."""
+        if gradient is not None:
+            return tf.cast(gradient, v.compute_dtype)
+        key = v.shape, v.compute_dtype, _local(self.state[v.index]["weight"]).device
+        if key not in self._stand_ins:
+            self._stand_ins[key] = self._stand_in(*key)
+        return self._stand_ins[key]
+
+    def _stand_in(self, shape: tuple[int, ...], dtype: str, device: str) -> tf.Tensor:
+        """A tensor of zeros, whose memory is that of the largest one."""
+        sizes = [
+            math.prod(v.shape) for v in self.variables if v and v.compute_dtype == dtype
+        ]
+        with tf.init_scope(), tf.device(device):
+            key = dtype, device
+            if key not in self._stand_ins:
+                self._stand_ins[key] = tf.zeros(max(sizes), dtype)
+            return tf.reshape(self._stand_ins[key][: math.prod(shape)], shape)
 
     def _make_programs(self, indices: list[int]) -> list[Program]:
         positions = {index: position for position, index in enumerate(indices)}
@@ -375,6 +429,12 @@ def _first_trace_only(creator: Callable, optimizer: Any) -> Callable:
             ) from error
 
     return create
+
+
+def _shares_programs(engine: TensorFlowEngine) -> bool:
+    """Whether all sets of variables with a gradient, but for the first, share programs."""
+    # A step that is compiled as a whole is traced for its set; lazy rows are to stay rows.
+    return not (_compiles_steps(engine.strategy) or engine.optimizer.lazy)
 
 
 def _compiles_steps(strategy: tf.distribute.Strategy) -> bool:

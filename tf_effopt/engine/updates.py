@@ -31,6 +31,11 @@ def updated(
             tensors | {"weight": _at_training(inputs, v, tensors, arguments)}
             for v, tensors in zip(inputs.variables, state, strict=True)
         ]
+    if inputs.scalars.present is not None:
+        return [
+            _update_if_present(inputs, i, tensors, g, arguments)
+            for i, (tensors, g) in enumerate(zip(state, gradients, strict=True))
+        ]
     steps = inputs.matrix_steps
     if steps is None:
         steps = matrix_steps(inputs, state, gradients, arguments)
@@ -40,6 +45,31 @@ def updated(
             zip(inputs.variables, state, gradients, strict=True)
         )
     ]
+
+
+def _update_if_present(
+    inputs: Inputs, i: int, tensors: dict, g: Any, arguments: Arguments
+) -> dict:
+    """Stages 7 to 11 for one variable, whose gradient may be a stand-in."""
+    v = inputs.variables[i]
+    if g is None:
+        return tensors
+    own = arguments.in_branch(v)
+
+    def update(_: Any, tensors: dict) -> tuple[Any, dict]:
+        steps = inputs.matrix_steps
+        if steps is None and v.matrices is not None:
+            alone = [g if i == k else None for k in range(len(inputs.variables))]
+            steps = matrix_steps(inputs, [tensors] * len(alone), alone, own)
+        after = _update_one(inputs, v, tensors, g, own, (steps or {}).get(i))
+        return ops.zeros((), "bool"), after
+
+    # A loop of one turn or none: XLA runs it in place, where a branch that leaves the
+    # tensors alone would copy them.
+    _, after = ops.while_loop(
+        lambda is_due, _: is_due, update, (inputs.is_present(i), tensors)
+    )
+    return after
 
 
 def _update_one(
@@ -100,7 +130,7 @@ def upkept(
             | {"counts": _counts(inputs, members, arguments, dtype)},
         )
         for i, own in zip(members, slots, strict=True):
-            after[i] = state[i] | {RULE: own}
+            after[i] = state[i] | {RULE: inputs.if_present(i, own, state[i][RULE])}
     return after
 
 
@@ -125,6 +155,8 @@ def _at_training(
         arguments=arguments.for_variable(v),
     )
     evaluating = inputs.scalars.model[OPTIMIZER][EVALUATING] > 0
+    if inputs.proceeds is not None:
+        evaluating = ops.logical_and(evaluating, inputs.proceeds)
     return ops.where(evaluating, precision.store(back, v.dtype), w)
 
 
