@@ -66,16 +66,20 @@ OPTIONS = {
         "transforms": lambda: [tf_effopt.transforms.AdaptiveClipping(0.05)],
     },
     "groups": {"global_clipnorm": 0.5, "use_ema": True, "groups": lambda: groups()},
-    # Stages with slots, before the rule and after it.
+    # Stages with slots, before the rule and after it; numbers by a schedule.
     "slots": {
         "global_clipnorm": 0.5,
-        "weight_decay": 0.02,
+        "weight_decay": lambda: falling(0.02, 0.005),
         "transforms": lambda: [tf_effopt.transforms.MARS(0.2, beta_1=0.8)],
-        "averaging": lambda: tf_effopt.averaging.Lookahead(period=3),
+        "averaging": lambda: tf_effopt.averaging.Lookahead(3, falling(0.8, 0.4)),
     },
 }
 # Each case runs with these, "adam" with all.
 OF_EACH = ("all_at_once", "slots")
+
+
+def falling(start: float, end: float) -> keras.optimizers.schedules.PolynomialDecay:
+    return keras.optimizers.schedules.PolynomialDecay(start, 15, end)
 
 
 def groups() -> list[tf_effopt.Group]:

@@ -6,8 +6,10 @@ computes is the rule's (`tf_effopt.optimizers`).
 
 from __future__ import annotations
 
+import inspect
+import numbers
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import keras
@@ -31,7 +33,6 @@ from tf_effopt.checks import (
     check_dtype,
     checked_averaging,
     checked_gradients,
-    checked_learning_rate,
     checked_transforms,
     checked_variables,
     is_nothing,
@@ -39,6 +40,7 @@ from tf_effopt.checks import (
     shown_shape,
     without_none,
 )
+from tf_effopt.configurable import Configurable, current_value, serialized
 from tf_effopt.engine import counts, keras_hooks, private_names
 from tf_effopt.engine.binding import key_of, stage_owners
 from tf_effopt.engine.plan import (
@@ -59,6 +61,7 @@ from tf_effopt.hyperparameters import (
     Choice,
     Count,
     DecayRate,
+    LearningRate,
     NonNegative,
     Positive,
     Switch,
@@ -91,7 +94,7 @@ BUILT_ON = "built_on"
 OBJECTS = ("transforms", "averaging", "groups")
 
 
-class Optimizer(keras.optimizers.Optimizer):
+class Optimizer(Configurable, keras.optimizers.Optimizer):
     """Base of the optimizers of this package, and of custom ones.
 
     A subclass is a rule, the names of its slots, and its hyperparameters:
@@ -104,14 +107,16 @@ class Optimizer(keras.optimizers.Optimizer):
     >>> class SignDescent(Optimizer):
     ...     rule = staticmethod(sign_rule)
     ...     slots = tf_effopt.rules.Slots(m="momentum")
-    ...     beta = hyperparameters.DecayRate()
-    ...     def __init__(self, learning_rate=0.01, beta=0.9, **kwargs):
-    ...         super().__init__(learning_rate, **kwargs)
-    ...         self.beta = beta
+    ...     learning_rate: float = hyperparameters.LearningRate(default=0.01)
+    ...     beta: float = hyperparameters.DecayRate(default=0.9)
     >>> w = keras.Variable([1.0])
-    >>> SignDescent().apply([keras.ops.convert_to_tensor([5.0])], [w])
+    >>> SignDescent(beta=0.8).apply([keras.ops.convert_to_tensor([5.0])], [w])
     >>> round(float(w.numpy()[0]), 2)
     0.99
+
+    Its constructor is made of what it declares, and takes the arguments below by name.
+    A class may have an `__init__` of its own instead, which passes `learning_rate` and
+    `**kwargs` on, and sets each attribute.
 
     The rule is called as `rule(g, slots, *, learning_rate, ...)` and returns
     `(delta, slots)`. Its further keyword-only arguments are looked up by name:
@@ -131,7 +136,10 @@ class Optimizer(keras.optimizers.Optimizer):
 
     Every number may change while training, without compiling again:
     `optimizer.beta_1 = 0.8`. (On Keras's JAX backend this is true of
-    `learning_rate` alone.)
+    `learning_rate` alone.) Every number may be given as a schedule, also there:
+    `weight_decay=keras.optimizers.schedules.CosineDecay(0.1, 1000)`. It counts as that of
+    a learning rate; its values are limited to the argument's range. `1 - beta` of a decay
+    rate given so has float32's rounding.
 
     Args:
         learning_rate: float of at least 0, a
@@ -198,6 +206,7 @@ class Optimizer(keras.optimizers.Optimizer):
     evaluation: Evaluation | None = None
     elementwise = True  # whether each element's step depends on it alone
 
+    learning_rate = LearningRate(default=0.001)
     weight_decay = NonNegative(optional=True)
     clipnorm = NonNegative(optional=True, zero_is_off=True)
     clipvalue = NonNegative(optional=True, zero_is_off=True)
@@ -241,19 +250,32 @@ class Optimizer(keras.optimizers.Optimizer):
                 f"{type(self).__name__} has no rule. Set `rule = "
                 "staticmethod(my_rule)` in the class; see `tf_effopt.Optimizer`."
             )
+        # Keras compares these two with numbers.
+        scheduled = {
+            name: value
+            for name, value in (
+                ("ema_momentum", ema_momentum),
+                ("ema_overwrite_frequency", ema_overwrite_frequency),
+            )
+            if not isinstance(value, numbers.Real | None)
+        }
         super().__init__(
-            checked_learning_rate(copies.deserialized(learning_rate)),
+            LearningRate().check(copies.deserialized(learning_rate)),
             weight_decay=weight_decay,
             clipnorm=clipnorm,
             clipvalue=clipvalue,
             global_clipnorm=global_clipnorm,
             use_ema=use_ema,
-            ema_momentum=ema_momentum,
-            ema_overwrite_frequency=as_int(ema_overwrite_frequency),
+            ema_momentum=0.99 if "ema_momentum" in scheduled else ema_momentum,
+            ema_overwrite_frequency=None
+            if "ema_overwrite_frequency" in scheduled
+            else as_int(ema_overwrite_frequency),
             loss_scale_factor=loss_scale_factor,
             gradient_accumulation_steps=as_int(gradient_accumulation_steps),
             name=name,
         )
+        for argument, value in scheduled.items():
+            setattr(self, argument, value)
         private_names.check_optimizer(self)
         self.rounding = rounding
         self.lazy = lazy
@@ -286,6 +308,32 @@ class Optimizer(keras.optimizers.Optimizer):
             self._decay_exclusions = Selection.of_saved(exclusions)
         if built_on:
             self._known = [(path, tuple(shape)) for path, shape in built_on]
+
+    @classmethod
+    def shared_arguments(cls) -> list[inspect.Parameter]:
+        """Those of `Optimizer`, which every constructor takes by name."""
+        parameters = inspect.signature(Optimizer.__init__).parameters.values()
+        return [
+            x.replace(kind=x.KEYWORD_ONLY)
+            for x in parameters
+            if x.kind is x.POSITIONAL_OR_KEYWORD
+            and x.name not in ("self", "learning_rate")
+        ]
+
+    @classmethod
+    def check_given(cls, given: Iterable[str], known: Collection[str]) -> None:
+        """Raises `ValueError` for an argument that isn't known, with the likest."""
+        for name in given:
+            if name not in known and name not in (EXCLUSIONS, BUILT_ON):
+                raise ValueError(unknown_argument(cls, name, Optimizer))
+
+    def configure(self, values: dict[str, Any]) -> None:
+        """What a generated constructor does: Keras's part first."""
+        shared = {x.name for x in Optimizer.shared_arguments()}
+        shared |= {"learning_rate", EXCLUSIONS, BUILT_ON}
+        of_base = {name: x for name, x in values.items() if name in shared}
+        Optimizer.__init__(self, **of_base)
+        super().configure({k: x for k, x in values.items() if k not in shared})
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -646,11 +694,13 @@ class Optimizer(keras.optimizers.Optimizer):
         """Returns the loss times `loss_scale_factor`, as it is now."""
         if self.loss_scale_factor is None:
             return loss
-        factor = self.loss_scale_factor
         if self.built:
             factor = self._engine.number_now("loss_scale_factor")
-        elif engine.in_a_graph():
-            self.__dict__["_scaled_in_a_graph"] = True  # See the engine's `building`.
+        else:
+            with engine.outside_of_graphs():
+                factor = self.current("loss_scale_factor")
+            if engine.in_a_graph():
+                self.__dict__["_scaled_in_a_graph"] = True  # See the engine's `building`.
         if "float" not in str(getattr(loss, "dtype", "")):
             if isinstance(loss, float | int) and not keras.ops.is_tensor(factor):
                 return loss * factor
@@ -845,16 +895,24 @@ class Optimizer(keras.optimizers.Optimizer):
         """
         return self._engine.skipped_steps()
 
-    @property
-    def learning_rate(self) -> Any:
-        """The learning rate now. A number can be assigned to it."""
-        return self._get_current_learning_rate()
+    def current(self, name: str) -> Any:
+        """The value of a hyperparameter now, also of one that is given by a schedule.
 
-    @learning_rate.setter
-    def learning_rate(self, value: Any) -> None:
-        keras.optimizers.Optimizer.learning_rate.fset(
-            self, checked_learning_rate(value)
-        )
+        The attribute is what was set.
+
+        Args:
+            name: of a hyperparameter, such as `"weight_decay"` or `"learning_rate"`.
+
+        Returns:
+            A float for a number, or the setting itself; None for what is off.
+
+        >>> import keras, tf_effopt
+        >>> decay = keras.optimizers.schedules.PolynomialDecay(0.1, 10, 0.0)
+        >>> optimizer = tf_effopt.AdamW(1e-3, weight_decay=decay)
+        >>> round(optimizer.current("weight_decay"), 6)
+        0.1
+        """
+        return current_value(self, name, self)
 
     def finalize_variable_values(self, var_list: list[Any]) -> None:
         """Ends training: averages take the place of the weights.
@@ -1004,6 +1062,7 @@ class Optimizer(keras.optimizers.Optimizer):
             for name in constructor_arguments(cls):
                 if name not in config:
                     config[name] = getattr(self, name)
+        config = {name: serialized(value) for name, value in config.items()}
         for name in OBJECTS:
             things = getattr(self, name)
             config[name] = [keras.saving.serialize_keras_object(x) for x in things]
@@ -1234,6 +1293,9 @@ class Optimizer(keras.optimizers.Optimizer):
             The values of this optimizer's slots, or None if `saved` isn't Keras's.
         """
         return None
+
+
+Optimizer.__init__.made_of_fields = True  # A subclass that declares more gets its own.
 
 
 def _filled_with(value: float) -> Callable:

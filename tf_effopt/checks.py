@@ -7,45 +7,11 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-import keras
-
 from tf_effopt.engine import is_sparse
 from tf_effopt.engine.sparse_input import with_tensors
-from tf_effopt.hyperparameters import NonNegative
 from tf_effopt.paths import dtype_name, is_variable, path_of
 from tf_effopt.precision import MANTISSA_BITS
 from tf_effopt.stage import OF_AVERAGING, OF_TRANSFORMS, Stage
-
-
-def checked_learning_rate(value: Any) -> Any:
-    """A number as a float, checked; schedules and callables as they are."""
-    if isinstance(value, keras.optimizers.schedules.LearningRateSchedule) or (
-        callable(value) and not isinstance(value, type)
-    ):
-        return value
-    if is_variable(value):
-        raise ValueError(
-            "`learning_rate` can't be a variable, of which only the value now would be "
-            "used. To follow the variable, pass a callable: "
-            "`learning_rate=lambda: variable`. For its value now, pass "
-            "`float(variable)`; `optimizer.learning_rate = 0.1` changes it later. "
-            f"Received: learning_rate={value!r}"
-        )
-    if keras.ops.is_tensor(value):
-        try:
-            value = keras.ops.convert_to_numpy(value)
-        except Exception:  # noqa: BLE001  # Known only when its graph runs.
-            return value
-    kind = NonNegative()
-    kind.__set_name__(keras.optimizers.Optimizer, "learning_rate")
-    try:
-        return kind.check(value)
-    except ValueError:
-        raise ValueError(
-            "`learning_rate` must be a number of at least 0, a "
-            "`keras.optimizers.schedules.LearningRateSchedule`, or a callable "
-            f"without arguments. Received: learning_rate={value!r}"
-        ) from None
 
 
 def checked_transforms(transforms: Any) -> tuple[Stage, ...]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Self, dataclass_transform
+
+from keras import ops
+from keras.optimizers import schedules
 
 from tf_effopt import hyperparameters as kinds
 from tf_effopt import overrides
@@ -13,6 +15,7 @@ from tf_effopt.arguments import (
     check_arguments,
     check_attribute,
     constructor_arguments,
+    did_you_mean,
 )
 from tf_effopt.hyperparameters import REQUIRED, Hyperparameter
 
@@ -22,6 +25,7 @@ FIELD_KINDS = (
     kinds.DecayRate,
     kinds.Fraction,
     kinds.Integer,
+    kinds.LearningRate,
     kinds.Negative,
     kinds.NonNegative,
     kinds.Patterns,
@@ -42,6 +46,15 @@ class Configurable:
     an `__init__` of its own instead, which sets each attribute.
     """
 
+    @classmethod
+    def shared_arguments(cls) -> list[inspect.Parameter]:
+        """Further arguments of each generated constructor, keyword-only."""
+        return []
+
+    @classmethod
+    def check_given(cls, given: Iterable[str], known: Collection[str]) -> None:
+        """Raises an error that helps if a keyword argument isn't known."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         overrides.check_hyperparameters(cls)
@@ -61,6 +74,9 @@ class Configurable:
 class Settings(Configurable):
     """A `Configurable` that is saved with an optimizer, such as a stage."""
 
+    built = False
+    _engine: Any = None
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         check_arguments(cls, kwargs)
         return super().__new__(cls)
@@ -71,7 +87,13 @@ class Settings(Configurable):
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, with their values now."""
-        return {name: getattr(self, name) for name in constructor_arguments(type(self))}
+        names = constructor_arguments(type(self))
+        return {name: serialized(getattr(self, name)) for name in names}
+
+    def current(self, name: str) -> Any:
+        """The value of a hyperparameter now, also of one that is given by a schedule."""
+        optimizer = self._engine.optimizer if self.built else None
+        return current_value(self, name, optimizer)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -95,17 +117,26 @@ def _is_complete(cls: type) -> bool:
     """
     inherited = inspect.getattr_static(cls, "__init__")
     is_ours = inherited is object.__init__ or hasattr(inherited, "made_of_fields")
-    return is_ours and all(x.default is not REQUIRED for x in fields(cls).values())
+    shared = {x.name for x in cls.shared_arguments()}
+    own = {name: x for name, x in fields(cls).items() if name not in shared}
+    return is_ours and all(x.default is not REQUIRED for x in own.values())
 
 
 def constructor(cls: type) -> Callable[..., None]:
     """The `__init__` of a class, made of its hyperparameters."""
-    signature = signature_of(fields(cls))
+    signature = signature_of(cls)
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs)
+        known = signature.parameters
+        type(self).check_given(kwargs, known)
+        further = {name: x for name, x in kwargs.items() if name not in known}
+        given = {name: x for name, x in kwargs.items() if name in known}
+        try:
+            bound = signature.bind(self, *args, **given)
+        except TypeError as error:
+            raise TypeError(f"{cls.__name__}{signature}: {error}") from None
         bound.apply_defaults()
-        values = dict(bound.arguments)
+        values = dict(bound.arguments) | further
         del values["self"]
         self.configure(values)
 
@@ -116,10 +147,58 @@ def constructor(cls: type) -> Callable[..., None]:
     return __init__
 
 
-def signature_of(declared: dict[str, Hyperparameter]) -> inspect.Signature:
-    """The signature of a constructor that takes these hyperparameters."""
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    make = functools.partial(inspect.Parameter, kind=kind)
-    parameters = [make("self")]
-    parameters += [make(name, default=x.default) for name, x in declared.items()]
+def signature_of(cls: type) -> inspect.Signature:
+    """The signature of a generated constructor.
+
+    Its own hyperparameters may be passed by position; those that all classes of the kind
+    share only by name, unless the class declares them again.
+    """
+    shared = {x.name: x for x in cls.shared_arguments()}
+    own = {
+        name: x
+        for name, x in fields(cls).items()
+        if x.default is not REQUIRED and not (x.kw_only and name in shared)
+    }
+    make = inspect.Parameter
+    by_place = [x for x in own.items() if not x[1].kw_only]
+    by_name = [x for x in own.items() if x[1].kw_only]
+    parameters = [make("self", make.POSITIONAL_OR_KEYWORD)]
+    parameters += [
+        make(name, make.POSITIONAL_OR_KEYWORD, default=x.default)
+        for name, x in by_place
+    ]
+    parameters += [
+        make(name, make.KEYWORD_ONLY, default=x.default) for name, x in by_name
+    ]
+    parameters += [x for name, x in shared.items() if name not in own]
     return inspect.Signature(parameters)
+
+
+def serialized(value: Any) -> Any:
+    """A value as it is in a configuration: a schedule as a dict."""
+    if isinstance(value, schedules.LearningRateSchedule):
+        return schedules.serialize(value)
+    return value
+
+
+def current_value(owner: Any, name: str, optimizer: Any) -> Any:
+    """What `current` returns.
+
+    Args:
+        owner: of the hyperparameter.
+        name: of the hyperparameter.
+        optimizer: that it belongs to; None for one that isn't built, at step 0.
+    """
+    declared = fields(type(owner))
+    if name not in declared:
+        raise ValueError(
+            f"`{type(owner).__name__}` has no hyperparameter `{name}`."
+            f"{did_you_mean(name, declared, '`')} It has: {', '.join(declared)}."
+        )
+    value, kind = getattr(owner, name), declared[name]
+    if isinstance(value, schedules.LearningRateSchedule):
+        step = 0 if optimizer is None else optimizer.iterations
+        value = kind.at(value, step)
+    if hasattr(value, "shape"):
+        value = float(ops.convert_to_numpy(value))
+    return value

@@ -162,7 +162,7 @@ def _cells(
         return (*start, "", "is set to its gradient", "-")
 
     def value(owner: int, name: str) -> float:
-        return getattr(owners[owner], name)
+        return owners[owner].current(name)
 
     multiplier = math.prod(value(*place) for place in multipliers)
     return (

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import keras
 
-from tf_effopt.arguments import check_arguments, check_attribute
+from tf_effopt.configurable import Settings, serialized
 from tf_effopt.hyperparameters import Hyperparameter, NonNegative, Switch
+from tf_effopt.representation import text
 from tf_effopt.selection import Selection, Trained, has_no_weights, nothing_found
 
 
@@ -53,7 +54,7 @@ FORMAT = 2
 
 
 @keras.saving.register_keras_serializable("tf_effopt")
-class Group:
+class Group(Settings):
     r"""The learning rate and weight decay of some variables, or that they are frozen.
 
     Pass groups to any optimizer. A variable may be in none of them or in several, of
@@ -80,10 +81,10 @@ class Group:
             regular expression, which has a match anywhere in a variable's path, as
             `re.compile(r"norm|block_\d+/bias$")`; a variable; a layer or model, for all
             of its variables; or a list of these.
-        learning_rate_multiplier: float of at least 0, times the optimizer's
-            learning rate. 1, the default, sets nothing.
-        weight_decay: None for the optimizer's own, or float of at least 0, also
-            where the optimizer has none.
+        learning_rate_multiplier: float of at least 0 or a schedule, times the
+            optimizer's learning rate. 1, the default, sets nothing.
+        weight_decay: None for the optimizer's own, or float of at least 0 or a schedule,
+            also where the optimizer has none.
         frozen: bool, whether these variables stay as they are. Their gradients
             count nowhere, as if there were none. They keep their state, so that
             the optimizer's loads whether or not they are frozen.
@@ -121,18 +122,8 @@ class Group:
     optional = Switch()
 
     model_rule = None  # of an owner of hyperparameters, as `Transform.model_rule`
-    built = False
     indices: frozenset[int] = frozenset()  # of its variables, once it is built
-    _engine: Any = None
     may_overlap = False  # whether version 0.1.0 saved it, where numbers multiplied
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        check_arguments(cls, kwargs)
-        return super().__new__(cls)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        check_attribute(self, name)
-        super().__setattr__(name, value)
 
     def __init__(
         self,
@@ -216,7 +207,8 @@ class Group:
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, with their values now, and a format mark."""
-        config = self._arguments() | {"members": self.members.get_config()}
+        config = {name: serialized(x) for name, x in self._arguments().items()}
+        config["members"] = self.members.get_config()
         config["format"] = FORMAT
         return config | ({"may_overlap": True} if self.may_overlap else {})
 
@@ -245,7 +237,7 @@ class Group:
             "optional": False,
         }
         own = self._arguments()
-        changed = [f"{k}={own[k]!r}" for k, x in defaults.items() if own[k] != x]
+        changed = [f"{k}={text(own[k])}" for k, x in defaults.items() if own[k] != x]
         return f"Group({', '.join([repr(self.members), *changed])})"
 
 

@@ -17,13 +17,18 @@ import functools
 import math
 import numbers
 import re
+import warnings
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule
 
 from tf_effopt.paths import is_variable
 
+# At which a schedule is looked at when it is set.
+SAMPLED_STEPS = (0, *(10**k for k in range(7)))
 TINY = float(np.finfo("float32").tiny)
 HUGE = float(np.finfo("float32").max)
 
@@ -43,13 +48,16 @@ class Hyperparameter:
 
     Args:
         default: what a generated constructor sets it to if nothing is passed.
+        kw_only: whether that takes it by name only.
     """
 
     expected = "anything"
     default: Any = REQUIRED
+    kw_only = False
 
-    def __init__(self, *, default: Any = REQUIRED):
+    def __init__(self, *, default: Any = REQUIRED, kw_only: bool = False):
         self.default = default
+        self.kw_only = kw_only
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -112,6 +120,11 @@ class Number(Hyperparameter):
         zero_is_off: whether 0, too, means "off": there, the optimizer keeps
             no state and runs no operation for this setting.
         fixed: whether it can't change once the optimizer is built.
+        **kwargs: `default` and `kw_only`, as of each `Hyperparameter`.
+
+    A number that may change may also be given as a schedule, a
+    `keras.optimizers.schedules.LearningRateSchedule`. It counts as that of a learning
+    rate; its values are limited to the range.
     """
 
     low: float | None = None
@@ -124,10 +137,9 @@ class Number(Hyperparameter):
         optional: bool = False,
         zero_is_off: bool = False,
         fixed: bool = False,
-        *,
-        default: Any = REQUIRED,
+        **kwargs: Any,
     ):
-        super().__init__(default=default)
+        super().__init__(**kwargs)
         self.optional = optional
         self.zero_is_off = zero_is_off
         self.fixed = fixed
@@ -146,9 +158,11 @@ class Number(Hyperparameter):
             )
         return text + (" or None" if self.optional else "")
 
-    def check(self, value: Any) -> float | None:
+    def check(self, value: Any) -> Any:
         if value is None and self.optional:
             return None
+        if (schedule := _as_schedule(value)) is not None:
+            return self.checked_schedule(schedule)
         if is_variable(value):
             raise ValueError(
                 f"`{self.name}` must be {self.expected}, and not a variable, of which "
@@ -174,7 +188,57 @@ class Number(Hyperparameter):
             )
         return number
 
-    def structure(self, value: float | None) -> float | bool | None:
+    def checked_schedule(self, schedule: LearningRateSchedule) -> LearningRateSchedule:
+        """The schedule; warns if a value of it is out of the range.
+
+        Raises:
+            ValueError: the number can't change while training.
+        """
+        if self.fixed:
+            raise ValueError(
+                f"`{self.name}` can't be given by a schedule: it is fixed once the "
+                "optimizer is built. Pass a number. "
+                f"Received: {self.name}={type(schedule).__name__}(...)"
+            )
+        from tf_effopt.engine import outside_of_graphs  # which imports this
+
+        with outside_of_graphs():
+            for step in SAMPLED_STEPS:
+                value = float(ops.convert_to_numpy(schedule(step)))
+                within = float(ops.convert_to_numpy(self.limited(value)))
+                if not math.isclose(value, within, rel_tol=1e-6):
+                    warnings.warn(
+                        f"`{self.name}` must be {self.expected}, and its schedule is "
+                        f"{value:g} at step {step}: such values are limited to the "
+                        f"range, there to {within:g}.",
+                        stacklevel=6,
+                    )
+                    break
+        return schedule
+
+    def at(self, schedule: LearningRateSchedule, step: Any) -> Any:
+        """The value of a schedule at a step, within the range."""
+        return self.limited(schedule(step))
+
+    def limited(self, value: Any) -> Any:
+        """A scalar tensor within the range."""
+        value = ops.convert_to_tensor(value)
+        dtype = keras.backend.standardize_dtype(value.dtype)
+        if "float" not in dtype:
+            value = ops.cast(value, dtype := keras.backend.floatx())
+        low, high = self.low, self.high
+        if low is not None:
+            # 0 would switch the stage off, which the compiled update has.
+            is_open = self.open_low or (self.zero_is_off and low == 0)
+            value = ops.maximum(value, max(low, TINY) if is_open else low)
+        if high is not None:
+            last = np.nextafter(np.float32(high), np.float32(-np.inf))
+            value = ops.minimum(value, float(last) if self.open_high else high)
+        return value
+
+    def structure(self, value: Any) -> Any:
+        if isinstance(value, LearningRateSchedule):
+            return value
         if not self.fixed:
             return self.is_off(value)
         return None if self.is_off(value) else value
@@ -206,6 +270,13 @@ def _as_float(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def _as_schedule(value: Any) -> LearningRateSchedule | None:
+    """A schedule, also as `get_config` returns it; None for anything else."""
+    if isinstance(value, dict) and "class_name" in value:
+        value = keras.optimizers.schedules.deserialize(value)
+    return value if isinstance(value, LearningRateSchedule) else None
 
 
 class Real(Number):
@@ -255,10 +326,9 @@ class DecayRate(Number):
         allow_one: bool = False,
         allow_zero: bool = True,
         optional: bool = False,
-        *,
-        default: Any = REQUIRED,
+        **kwargs: Any,
     ):
-        super().__init__(optional, default=default)
+        super().__init__(optional, **kwargs)
         self.open_high = not allow_one
         self.open_low = not allow_zero
 
@@ -274,8 +344,8 @@ class Count(Number):
         fixed: whether it can't change once the optimizer is built.
     """
 
-    def __init__(self, low: int, fixed: bool = False, *, default: Any = REQUIRED):
-        super().__init__(True, zero_is_off=True, fixed=fixed, default=default)
+    def __init__(self, low: int, fixed: bool = False, **kwargs: Any):
+        super().__init__(True, zero_is_off=True, fixed=fixed, **kwargs)
         self.low = low
 
     @property
@@ -284,9 +354,11 @@ class Count(Number):
             return "an integer of at least 0 or None"
         return f"an integer of at least {self.low}, 0 or None"
 
-    def check(self, value: Any) -> int | None:
+    def check(self, value: Any) -> Any:
         if value is None:
             return None
+        if (schedule := _as_schedule(value)) is not None:
+            return self.checked_schedule(schedule)
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise self.error(value)
         if value != 0 and value < self.low:
@@ -301,8 +373,8 @@ class Integer(Hyperparameter):
         low: the smallest allowed.
     """
 
-    def __init__(self, low: int, *, default: Any = REQUIRED):
-        super().__init__(default=default)
+    def __init__(self, low: int, **kwargs: Any):
+        super().__init__(**kwargs)
         self.low = low
 
     @property
@@ -337,8 +409,8 @@ class Switch(Hyperparameter):
 class Choice(Hyperparameter):
     """One of several strings, fixed once the optimizer is built."""
 
-    def __init__(self, *choices: str, default: Any = REQUIRED):
-        super().__init__(default=default)
+    def __init__(self, *choices: str, **kwargs: Any):
+        super().__init__(**kwargs)
         self.choices = choices
 
     @property
@@ -371,6 +443,47 @@ class Patterns(Hyperparameter):
 
     def structure(self, value: list[str]) -> list[str]:
         return value
+
+
+class LearningRate(Hyperparameter):
+    """The learning rate: Keras's, which is a variable, a schedule or a callable."""
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        return self if optimizer is None else optimizer._get_current_learning_rate()
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        setter = keras.optimizers.Optimizer.learning_rate.fset
+        setter(optimizer, self.check(value))
+
+    def check(self, value: Any) -> Any:
+        """A number as a float, checked; schedules and callables as they are."""
+        if isinstance(value, LearningRateSchedule) or (
+            callable(value) and not isinstance(value, type)
+        ):
+            return value
+        if is_variable(value):
+            raise ValueError(
+                "`learning_rate` can't be a variable, of which only the value now would "
+                "be used. To follow the variable, pass a callable: "
+                "`learning_rate=lambda: variable`. For its value now, pass "
+                "`float(variable)`; `optimizer.learning_rate = 0.1` changes it later. "
+                f"Received: learning_rate={value!r}"
+            )
+        if ops.is_tensor(value):
+            try:
+                value = ops.convert_to_numpy(value)
+            except Exception:  # noqa: BLE001  # Known only when its graph runs.
+                return value
+        number = NonNegative()
+        number.__set_name__(keras.optimizers.Optimizer, "learning_rate")
+        try:
+            return number.check(value)
+        except ValueError:
+            raise ValueError(
+                "`learning_rate` must be a number of at least 0, a "
+                "`keras.optimizers.schedules.LearningRateSchedule`, or a callable "
+                f"without arguments. Received: learning_rate={value!r}"
+            ) from None
 
 
 class EachCount:

@@ -18,6 +18,8 @@ from tf_effopt.hyperparameters import Hyperparameter, Integer, Positive
 from tf_effopt.saving import OF_LOSS_SCALE, size_of_loss_scale
 
 OF_THE_INNER_OPTIMIZER = (
+    "averaging",
+    "current",
     "describe",
     "groups",
     "is_evaluating",

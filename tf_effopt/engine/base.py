@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule
 
 from tf_effopt.engine import counts
 from tf_effopt.engine.binding import make_plan
@@ -101,13 +102,28 @@ class Engine:
 
     def hyperparameters(self) -> np.ndarray:
         """Each number and 1 minus it, rounded once from float64."""
-        rows = [
-            (value, 1.0 - value)
-            for value in (
-                getattr(self.owners[owner], name) for owner, name in self.plan.numbers
-            )
+        values = [
+            0.0 if isinstance(value, LearningRateSchedule) else value
+            for value in map(self._value_of, self.plan.numbers)
         ]
+        rows = [(value, 1.0 - value) for value in values]
         return np.array(rows or np.zeros((0, 2)), "float64").astype(self.scalar_dtype)
+
+    def _value_of(self, number: tuple[int, str]) -> Any:
+        """What was set: a number, or a schedule."""
+        owner, name = number
+        return getattr(self.owners[owner], name)
+
+    def with_schedules(self, pairs: Any) -> Any:
+        """The hyperparameters, with the values now of those given by a schedule."""
+        dtype = keras.backend.standardize_dtype(pairs.dtype)
+        for row, (number, kind) in enumerate(self.plan.numbers.items()):
+            value = self._value_of(number)
+            if isinstance(value, LearningRateSchedule):
+                now = ops.cast(kind.at(value, self.optimizer._iterations), dtype)
+                own = ops.reshape(ops.stack([now, 1.0 - now]), (1, 2))
+                pairs = ops.slice_update(pairs, (row, 0), own)
+        return pairs
 
     def set_hyperparameter(self, owner: Any, name: str, value: Any) -> None:
         """Called before a number changes after the optimizer was built."""
@@ -182,7 +198,7 @@ class Engine:
 
     def number_now(self, name: str) -> Any:
         """An optimizer's number in use, as a step that is compiled can read it."""
-        return getattr(self.optimizer, name)
+        return self.optimizer.current(name)
 
     def overwrite_with_averages(self, indices: list[int]) -> None:
         """Puts the averages of these variables in the place of the weights."""
@@ -227,7 +243,7 @@ class Engine:
         return Scalars(
             ops.convert_to_tensor(optimizer._iterations.value),
             ops.convert_to_tensor(optimizer.learning_rate),
-            ops.convert_to_tensor(self.hyperparameters()),
+            self.with_schedules(ops.convert_to_tensor(self.hyperparameters())),
             values(self.model_state),
             self.missed(),
         )

@@ -253,7 +253,7 @@ class TensorFlowEngine(Engine):
         return Scalars(
             tf.convert_to_tensor(optimizer._iterations),
             tf.convert_to_tensor(optimizer.learning_rate),
-            tf.convert_to_tensor(self._pairs),
+            self.with_schedules(tf.convert_to_tensor(self._pairs)),
             _map(tf.convert_to_tensor, _map(_local, self.model_state)),
             None
             if agree or not self.counts_each
@@ -272,7 +272,7 @@ class TensorFlowEngine(Engine):
 
     def number_now(self, name: str) -> Any:
         row = list(self.plan.numbers).index((OPTIMIZER, name))
-        return self._pairs[row, 0]
+        return self.with_schedules(tf.convert_to_tensor(self._pairs))[row, 0]
 
     def assign_everywhere(self, variable: Any, value: Any) -> None:
         self.strategy.extended.update(

@@ -159,28 +159,11 @@ class Adafactor(Optimizer):
 
     model_rule = ModelRule(adafactor_schedule, each_count=True)
     elementwise = False
-    beta_2_decay = Negative()
-    epsilon_1 = Positive()
-    epsilon_2 = Positive()
-    clip_threshold = Positive()
-    relative_step = Switch()
-
-    def __init__(
-        self,
-        learning_rate=0.001,
-        beta_2_decay=-0.8,
-        epsilon_1=1e-30,
-        epsilon_2=1e-3,
-        clip_threshold=1.0,
-        relative_step=True,
-        **kwargs,
-    ):
-        super().__init__(learning_rate, **kwargs)
-        self.beta_2_decay = beta_2_decay
-        self.epsilon_1 = epsilon_1
-        self.epsilon_2 = epsilon_2
-        self.clip_threshold = clip_threshold
-        self.relative_step = relative_step
+    beta_2_decay: float = Negative(default=-0.8)
+    epsilon_1: float = Positive(default=1e-30)
+    epsilon_2: float = Positive(default=1e-3)
+    clip_threshold: float = Positive(default=1.0)
+    relative_step: bool = Switch(default=True)
 
     def part(self, path, shape):
         is_number = isinstance(self._learning_rate, keras.Variable)

@@ -101,29 +101,11 @@ class Adam(Optimizer):
 
     rule = staticmethod(adam_rule)
     model_rule = ModelRule(adam_correction, each_count=True)
-    beta_1 = DecayRate()
-    beta_2 = DecayRate()
-    epsilon = Positive()
-    amsgrad = Switch()
-    bias_correction = Switch()
-
-    def __init__(
-        self,
-        learning_rate=0.001,
-        beta_1=0.9,
-        beta_2=0.999,
-        epsilon=1e-7,
-        amsgrad=False,
-        *,
-        bias_correction=True,
-        **kwargs,
-    ):
-        super().__init__(learning_rate, **kwargs)
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon = epsilon
-        self.amsgrad = amsgrad
-        self.bias_correction = bias_correction
+    beta_1: float = DecayRate(default=0.9)
+    beta_2: float = DecayRate(default=0.999)
+    epsilon: float = Positive(default=1e-7)
+    amsgrad: bool = Switch(default=False)
+    bias_correction: bool = Switch(default=True, kw_only=True)
 
     @property
     def slots(self):

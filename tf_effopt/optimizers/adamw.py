@@ -45,27 +45,4 @@ class AdamW(Adam):
     0.95
     """
 
-    weight_decay = NonNegative()
-
-    def __init__(
-        self,
-        learning_rate=0.001,
-        weight_decay=0.004,
-        beta_1=0.9,
-        beta_2=0.999,
-        epsilon=1e-7,
-        amsgrad=False,
-        *,
-        bias_correction=True,
-        **kwargs,
-    ):
-        super().__init__(
-            learning_rate,
-            beta_1=beta_1,
-            beta_2=beta_2,
-            epsilon=epsilon,
-            amsgrad=amsgrad,
-            bias_correction=bias_correction,
-            weight_decay=weight_decay,
-            **kwargs,
-        )
+    weight_decay: float = NonNegative(default=0.004)

@@ -4,6 +4,7 @@ des systèmes d'équations simultanées", 1847."""
 from __future__ import annotations
 
 from tf_effopt.base import Optimizer
+from tf_effopt.hyperparameters import LearningRate
 
 
 def gradient_descent_rule(g, slots, *, learning_rate):
@@ -44,6 +45,4 @@ class GradientDescent(Optimizer):
     """
 
     rule = staticmethod(gradient_descent_rule)
-
-    def __init__(self, learning_rate=0.01, **kwargs):
-        super().__init__(learning_rate, **kwargs)
+    learning_rate: float = LearningRate(default=0.01)

@@ -113,28 +113,13 @@ class Lamb(Optimizer):
 
     slots = Slots(m="momentum", v="velocity")
     elementwise = False
-    beta_1 = DecayRate()
-    beta_2 = DecayRate()
-    epsilon = Positive()
-    exclude_from_adaptation = Patterns()
     model_rule = ModelRule(biases, each_count=True)
     adapted = Part(lamb_rule, slots, settings={"adapts": True}, name="lamb")
     excluded = Part(lamb_rule, slots, settings={"adapts": False}, name="adam")
-
-    def __init__(
-        self,
-        learning_rate=0.001,
-        beta_1=0.9,
-        beta_2=0.999,
-        epsilon=1e-7,
-        exclude_from_adaptation=(),
-        **kwargs,
-    ):
-        super().__init__(learning_rate, **kwargs)
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon = epsilon
-        self.exclude_from_adaptation = exclude_from_adaptation
+    beta_1: float = DecayRate(default=0.9)
+    beta_2: float = DecayRate(default=0.999)
+    epsilon: float = Positive(default=1e-7)
+    exclude_from_adaptation: list = Patterns(default=())
 
     def part(self, path, shape):
         excluded = matches(self.exclude_from_adaptation, path)

@@ -6,7 +6,7 @@ https://arxiv.org/abs/1708.03888
 from __future__ import annotations
 
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import Fraction, Patterns, Positive, Switch
+from tf_effopt.hyperparameters import Fraction, LearningRate, Patterns, Positive, Switch
 from tf_effopt.linalg import trust_ratio
 from tf_effopt.paths import matches
 from tf_effopt.rules import Part, Slots
@@ -93,27 +93,13 @@ class Lars(Optimizer):
 
     slots = Slots(v="momentum")
     elementwise = False
-    momentum = Fraction()
-    trust_coefficient = Positive()
-    nesterov = Switch()
-    exclude_from_adaptation = Patterns()
     adapted = Part(lars_rule, slots, settings={"adapts": True}, name="lars")
     excluded = Part(lars_rule, slots, settings={"adapts": False}, name="sgd")
-
-    def __init__(
-        self,
-        learning_rate=0.1,
-        momentum=0.9,
-        trust_coefficient=0.001,
-        nesterov=False,
-        exclude_from_adaptation=(),
-        **kwargs,
-    ):
-        super().__init__(learning_rate, **kwargs)
-        self.momentum = momentum
-        self.trust_coefficient = trust_coefficient
-        self.nesterov = nesterov
-        self.exclude_from_adaptation = exclude_from_adaptation
+    learning_rate: float = LearningRate(default=0.1)
+    momentum: float = Fraction(default=0.9)
+    trust_coefficient: float = Positive(default=0.001)
+    nesterov: bool = Switch(default=False)
+    exclude_from_adaptation: list = Patterns(default=())
 
     def part(self, path, shape):
         excluded = matches(self.exclude_from_adaptation, path)

@@ -70,10 +70,5 @@ class Lion(Optimizer):
 
     rule = staticmethod(lion_rule)
     slots = Slots(m="momentum")
-    beta_1 = DecayRate()
-    beta_2 = DecayRate()
-
-    def __init__(self, learning_rate=0.001, beta_1=0.9, beta_2=0.99, **kwargs):
-        super().__init__(learning_rate, **kwargs)
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
+    beta_1: float = DecayRate(default=0.9)
+    beta_2: float = DecayRate(default=0.99)

@@ -340,7 +340,7 @@ class Muon(Optimizer):
             elif has_velocity:
                 slots += theirs
             else:
-                mean = (1 - self.momentum) * theirs[0]
+                mean = (1 - self.current("momentum")) * theirs[0]
                 slots += [mean, mean**2]
         return None if saved else slots
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from keras import ops
 
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import DecayRate, Positive, Switch
+from tf_effopt.hyperparameters import DecayRate, LearningRate, Positive, Switch
 from tf_effopt.rules import ModelRule, Slot, Slots
 
 
@@ -192,34 +192,14 @@ class Prodigy(Optimizer):
         x0=Slot("initial", starts_at_weight=True),
     )
     elementwise = False
-    beta_1 = DecayRate()
-    beta_2 = DecayRate()
-    epsilon = Positive()
-    bias_correction = Switch()
-    safeguard_warmup = Switch()
-    initial_estimate = Positive()
-    estimate_coefficient = Positive()
-
-    def __init__(
-        self,
-        learning_rate=1.0,
-        beta_1=0.9,
-        beta_2=0.999,
-        epsilon=1e-8,
-        bias_correction=False,
-        safeguard_warmup=False,
-        initial_estimate=1e-6,
-        estimate_coefficient=1.0,
-        **kwargs,
-    ):
-        super().__init__(learning_rate, **kwargs)
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon = epsilon
-        self.bias_correction = bias_correction
-        self.safeguard_warmup = safeguard_warmup
-        self.initial_estimate = initial_estimate
-        self.estimate_coefficient = estimate_coefficient
+    learning_rate: float = LearningRate(default=1.0)
+    beta_1: float = DecayRate(default=0.9)
+    beta_2: float = DecayRate(default=0.999)
+    epsilon: float = Positive(default=1e-8)
+    bias_correction: bool = Switch(default=False)
+    safeguard_warmup: bool = Switch(default=False)
+    initial_estimate: float = Positive(default=1e-6)
+    estimate_coefficient: float = Positive(default=1.0)
 
     @property
     def model_rule(self):

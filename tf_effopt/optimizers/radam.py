@@ -128,14 +128,6 @@ class RAdam(Optimizer):
     rule = staticmethod(radam_rule)
     slots = Slots(m="momentum", v="velocity")
     model_rule = ModelRule(radam_rectification, each_count=True)
-    beta_1 = DecayRate()
-    beta_2 = DecayRate()
-    epsilon = Positive()
-
-    def __init__(
-        self, learning_rate=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-8, **kwargs
-    ):
-        super().__init__(learning_rate, **kwargs)
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon = epsilon
+    beta_1: float = DecayRate(default=0.9)
+    beta_2: float = DecayRate(default=0.999)
+    epsilon: float = Positive(default=1e-8)

@@ -8,7 +8,12 @@ from __future__ import annotations
 from keras import ops
 
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import DecayRate, Fraction, Positive, Switch
+from tf_effopt.hyperparameters import (
+    DecayRate,
+    Fraction,
+    Positive,
+    Switch,
+)
 from tf_effopt.rules import Slots
 
 
@@ -78,25 +83,10 @@ class RMSprop(Optimizer):
     """
 
     rule = staticmethod(rmsprop_rule)
-    rho = DecayRate()
-    momentum = Fraction(zero_is_off=True)
-    epsilon = Positive()
-    centered = Switch()
-
-    def __init__(
-        self,
-        learning_rate=0.001,
-        rho=0.9,
-        momentum=0.0,
-        epsilon=1e-7,
-        centered=False,
-        **kwargs,
-    ):
-        super().__init__(learning_rate, **kwargs)
-        self.rho = rho
-        self.momentum = momentum
-        self.epsilon = epsilon
-        self.centered = centered
+    rho: float = DecayRate(default=0.9)
+    momentum: float = Fraction(zero_is_off=True, default=0.0)
+    epsilon: float = Positive(default=1e-7)
+    centered: bool = Switch(default=False)
 
     @property
     def slots(self):

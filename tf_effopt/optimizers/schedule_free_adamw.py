@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import Count, DecayRate, Positive
+from tf_effopt.hyperparameters import Count, DecayRate, LearningRate, Positive
 from tf_effopt.rules import Evaluation, ModelRule, Slot, Slots
 
 
@@ -93,6 +93,14 @@ class Place(DecayRate):
         if is_training:
             optimizer.use_training_weights()
 
+    def checked_schedule(self, schedule):
+        raise ValueError(
+            f"`{self.name}` can't be given by a schedule: it says where the weights of "
+            "training lie between two others, which a change has to move. Assign "
+            f"`optimizer.{self.name}` instead. Received: "
+            f"{self.name}={type(schedule).__name__}(...)"
+        )
+
 
 class ScheduleFreeAdamW(Optimizer):
     """Schedule-Free AdamW: AdamW that needs no learning-rate schedule.
@@ -161,25 +169,11 @@ class ScheduleFreeAdamW(Optimizer):
         slots={"lr_max": ("largest_rate", 0.0), "weight_sum": ("weight_sum", 0.0)},
     )
     evaluation = Evaluation(average, interpolation)
-    beta_1 = Place(allow_zero=False)
-    beta_2 = DecayRate()
-    epsilon = Positive()
-    warmup_steps = Count(low=1)
-
-    def __init__(
-        self,
-        learning_rate=0.0025,
-        beta_1=0.9,
-        beta_2=0.999,
-        epsilon=1e-8,
-        warmup_steps=0,
-        **kwargs,
-    ):
-        super().__init__(learning_rate, **kwargs)
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon = epsilon
-        self.warmup_steps = warmup_steps
+    learning_rate: float = LearningRate(default=0.0025)
+    beta_1: float = Place(allow_zero=False, default=0.9)
+    beta_2: float = DecayRate(default=0.999)
+    epsilon: float = Positive(default=1e-8)
+    warmup_steps: int | None = Count(low=1, default=0)
 
     def convert_keras_slots(self, saved, steps):
         # Keras keeps no sums: it averages with equal weights, which is the same

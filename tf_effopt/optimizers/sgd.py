@@ -8,7 +8,7 @@ initialization and momentum in deep learning", 2013.
 from __future__ import annotations
 
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import Fraction, Switch
+from tf_effopt.hyperparameters import Fraction, LearningRate, Switch
 from tf_effopt.rules import Slots
 
 
@@ -71,13 +71,9 @@ class SGD(Optimizer):
     [-0.25]
     """
 
-    momentum = Fraction(zero_is_off=True)
-    nesterov = Switch()
-
-    def __init__(self, learning_rate=0.01, momentum=0.0, nesterov=False, **kwargs):
-        super().__init__(learning_rate, **kwargs)
-        self.momentum = momentum
-        self.nesterov = nesterov
+    learning_rate: float = LearningRate(default=0.01)
+    momentum: float = Fraction(zero_is_off=True, default=0.0)
+    nesterov: bool = Switch(default=False)
 
     @property
     def rule(self):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from keras import ops
 
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import DecayRate, Positive, Switch
+from tf_effopt.hyperparameters import DecayRate, LearningRate, Positive, Switch
 from tf_effopt.optimizers.adam import adam_correction
 from tf_effopt.rules import ModelRule, Slot, Slots
 
@@ -85,29 +85,12 @@ class Yogi(Optimizer):
 
     rule = staticmethod(yogi_rule)
     model_rule = ModelRule(adam_correction, each_count=True)
-    beta_1 = DecayRate()
-    beta_2 = DecayRate()
-    epsilon = Positive()
-    initial_accumulator_value = Positive(fixed=True)
-    bias_correction = Switch()
-
-    def __init__(
-        self,
-        learning_rate=0.01,
-        beta_1=0.9,
-        beta_2=0.999,
-        epsilon=1e-3,
-        initial_accumulator_value=1e-6,
-        *,
-        bias_correction=True,
-        **kwargs,
-    ):
-        super().__init__(learning_rate, **kwargs)
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon = epsilon
-        self.initial_accumulator_value = initial_accumulator_value
-        self.bias_correction = bias_correction
+    learning_rate: float = LearningRate(default=0.01)
+    beta_1: float = DecayRate(default=0.9)
+    beta_2: float = DecayRate(default=0.999)
+    epsilon: float = Positive(default=1e-3)
+    initial_accumulator_value: float = Positive(fixed=True, default=1e-6)
+    bias_correction: bool = Switch(default=True, kw_only=True)
 
     @property
     def slots(self):
