@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 import numbers
 import warnings
-from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import keras
 import numpy as np
@@ -61,8 +61,10 @@ from tf_effopt.hyperparameters import (
     Choice,
     Count,
     DecayRate,
+    FloatOrSchedule,
     LearningRate,
     NonNegative,
+    Objects,
     Positive,
     Switch,
 )
@@ -199,25 +201,42 @@ class Optimizer(Configurable, keras.optimizers.Optimizer):
         ValueError: an argument is out of its range or not known.
     """
 
-    rule: Any
-    slots: Slots | tuple[Slots, ...] = ()
-    model_rule: ModelRule | None = None
-    upkeep: Any = None
-    evaluation: Evaluation | None = None
+    rule: ClassVar[Any]
+    slots: ClassVar[Slots | tuple[Slots, ...]] = ()
+    model_rule: ClassVar[ModelRule | None] = None
+    upkeep: ClassVar[Any] = None
+    evaluation: ClassVar[Evaluation | None] = None
     elementwise = True  # whether each element's step depends on it alone
 
-    learning_rate = LearningRate(default=0.001)
-    weight_decay = NonNegative(optional=True)
-    clipnorm = NonNegative(optional=True, zero_is_off=True)
-    clipvalue = NonNegative(optional=True, zero_is_off=True)
-    global_clipnorm = NonNegative(optional=True, zero_is_off=True)
-    use_ema = Switch()
-    ema_momentum = DecayRate(allow_one=True)
-    ema_overwrite_frequency = Count(low=1)
-    loss_scale_factor = Positive(optional=True)
-    gradient_accumulation_steps = Count(low=2, fixed=True)
-    rounding = Choice(*ROUNDINGS)
-    lazy = Switch()
+    learning_rate: Any = LearningRate(default=0.001)
+    weight_decay: FloatOrSchedule | None = NonNegative(True, default=None, kw_only=True)
+    clipnorm: FloatOrSchedule | None = NonNegative(
+        True, True, default=None, kw_only=True
+    )
+    clipvalue: FloatOrSchedule | None = NonNegative(
+        True, True, default=None, kw_only=True
+    )
+    global_clipnorm: FloatOrSchedule | None = NonNegative(
+        True, True, default=None, kw_only=True
+    )
+    use_ema: bool = Switch(default=False, kw_only=True)
+    ema_momentum: FloatOrSchedule = DecayRate(
+        allow_one=True, default=0.99, kw_only=True
+    )
+    ema_overwrite_frequency: int | None = Count(1, default=None, kw_only=True)
+    loss_scale_factor: FloatOrSchedule | None = Positive(
+        True, default=None, kw_only=True
+    )
+    gradient_accumulation_steps: int | None = Count(
+        2, fixed=True, default=None, kw_only=True
+    )
+    rounding: str = Choice(*ROUNDINGS, default="stochastic", kw_only=True)
+    lazy: bool = Switch(default=False, kw_only=True)
+    transforms: Sequence[Stage] = Objects(default=(), kw_only=True)
+    averaging: Stage | Sequence[Stage] | None = Objects(default=(), kw_only=True)
+    groups: Sequence[Group] = Objects(default=(), kw_only=True)
+    if TYPE_CHECKING:  # Keras sets it.
+        name: str | None = Objects(default=None, kw_only=True)
 
     def __init__(
         self,
@@ -519,21 +538,6 @@ class Optimizer(Configurable, keras.optimizers.Optimizer):
         """The stages that were passed, in the order in which they run."""
         return [*self.transforms, *self.averaging]
 
-    @property
-    def transforms(self) -> tuple[Stage, ...]:
-        """What stands before and after the rule, in its order."""
-        return self.__dict__["_transforms"]
-
-    @property
-    def averaging(self) -> tuple[Stage, ...]:
-        """The stages on the weights, in their order."""
-        return self.__dict__["_averaging"]
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """The groups, in their order."""
-        return self.__dict__["_groups"]
-
     def part(self, path: str, shape: tuple[int, ...]) -> Part:
         """The rule and the slots of one variable.
 
@@ -700,7 +704,9 @@ class Optimizer(Configurable, keras.optimizers.Optimizer):
             with engine.outside_of_graphs():
                 factor = self.current("loss_scale_factor")
             if engine.in_a_graph():
-                self.__dict__["_scaled_in_a_graph"] = True  # See the engine's `building`.
+                self.__dict__["_scaled_in_a_graph"] = (
+                    True  # See the engine's `building`.
+                )
         if "float" not in str(getattr(loss, "dtype", "")):
             if isinstance(loss, float | int) and not keras.ops.is_tensor(factor):
                 return loss * factor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Self, dataclass_transform
+from typing import Any, ClassVar, Self, dataclass_transform
 
 from keras import ops
 from keras.optimizers import schedules
@@ -19,23 +19,24 @@ from tf_effopt.arguments import (
 )
 from tf_effopt.hyperparameters import REQUIRED, Hyperparameter
 
-FIELD_KINDS = (
-    kinds.Choice,
-    kinds.Count,
-    kinds.DecayRate,
-    kinds.Fraction,
-    kinds.Integer,
-    kinds.LearningRate,
-    kinds.Negative,
-    kinds.NonNegative,
-    kinds.Patterns,
-    kinds.Positive,
-    kinds.Real,
-    kinds.Switch,
+
+@dataclass_transform(
+    field_specifiers=(
+        kinds.Choice,
+        kinds.Count,
+        kinds.DecayRate,
+        kinds.Fraction,
+        kinds.Integer,
+        kinds.LearningRate,
+        kinds.Negative,
+        kinds.NonNegative,
+        kinds.Objects,
+        kinds.Patterns,
+        kinds.Positive,
+        kinds.Real,
+        kinds.Switch,
+    )
 )
-
-
-@dataclass_transform(field_specifiers=FIELD_KINDS)
 class Configurable:
     """Base of what has hyperparameters: they are its constructor's arguments.
 
@@ -58,47 +59,16 @@ class Configurable:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         overrides.check_hyperparameters(cls)
-        declared = [x for x in vars(cls).values() if isinstance(x, Hyperparameter)]
-        for x in declared:
-            if x.default is not REQUIRED:
+        for x in vars(cls).values():
+            if isinstance(x, Hyperparameter) and x.default is not REQUIRED:
                 x.check(x.default)
-        if declared and "__init__" not in vars(cls) and _is_complete(cls):
+        if "__init__" not in vars(cls) and _is_complete(cls):
             cls.__init__ = constructor(cls)
 
     def configure(self, values: dict[str, Any]) -> None:
         """Sets all hyperparameters: what a generated `__init__` does."""
         for name, value in values.items():
             setattr(self, name, value)
-
-
-class Settings(Configurable):
-    """A `Configurable` that is saved with an optimizer, such as a stage."""
-
-    built = False
-    _engine: Any = None
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        check_arguments(cls, kwargs)
-        return super().__new__(cls)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        check_attribute(self, name)
-        super().__setattr__(name, value)
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, with their values now."""
-        names = constructor_arguments(type(self))
-        return {name: serialized(getattr(self, name)) for name in names}
-
-    def current(self, name: str) -> Any:
-        """The value of a hyperparameter now, also of one that is given by a schedule."""
-        optimizer = self._engine.optimizer if self.built else None
-        return current_value(self, name, optimizer)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """Makes one from what `get_config` returned."""
-        return cls(**config)
 
 
 def fields(cls: type) -> dict[str, Hyperparameter]:
@@ -202,3 +172,33 @@ def current_value(owner: Any, name: str, optimizer: Any) -> Any:
     if hasattr(value, "shape"):
         value = float(ops.convert_to_numpy(value))
     return value
+
+
+class Settings(Configurable):
+    """A `Configurable` that is saved with an optimizer, such as a stage."""
+
+    built = False
+    _engine: ClassVar[Any] = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        check_arguments(cls, kwargs)
+        return super().__new__(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check_attribute(self, name)
+        super().__setattr__(name, value)
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, with their values now."""
+        names = constructor_arguments(type(self))
+        return {name: serialized(getattr(self, name)) for name in names}
+
+    def current(self, name: str) -> Any:
+        """The value of a hyperparameter now, also of one that is given by a schedule."""
+        optimizer = self._engine.optimizer if self.built else None
+        return current_value(self, name, optimizer)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Makes one from what `get_config` returned."""
+        return cls(**config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 
@@ -122,7 +122,9 @@ class Group(Settings):
     optional = Switch()
 
     model_rule = None  # of an owner of hyperparameters, as `Transform.model_rule`
-    indices: frozenset[int] = frozenset()  # of its variables, once it is built
+    indices: ClassVar[frozenset[int]] = (
+        frozenset()
+    )  # of its variables, once it is built
     may_overlap = False  # whether version 0.1.0 saved it, where numbers multiplied
 
     def __init__(

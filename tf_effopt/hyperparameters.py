@@ -18,7 +18,7 @@ import math
 import numbers
 import re
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import keras
 import numpy as np
@@ -31,6 +31,18 @@ from tf_effopt.paths import is_variable
 SAMPLED_STEPS = (0, *(10**k for k in range(7)))
 TINY = float(np.finfo("float32").tiny)
 HUGE = float(np.finfo("float32").max)
+
+
+class Schedule(Protocol):
+    """Keras's `LearningRateSchedule`, for type checkers: Keras itself isn't typed."""
+
+    def __call__(self, step: Any) -> Any: ...
+
+    def get_config(self) -> dict[str, Any]: ...
+
+
+# What a number that may change while training is given as.
+FloatOrSchedule = float | Schedule
 
 
 class _Required:
@@ -54,6 +66,10 @@ class Hyperparameter:
     expected = "anything"
     default: Any = REQUIRED
     kw_only = False
+
+    if TYPE_CHECKING:  # The attribute is what is set, and not its kind.
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any: ...
 
     def __init__(self, *, default: Any = REQUIRED, kw_only: bool = False):
         self.default = default
@@ -442,6 +458,24 @@ class Patterns(Hyperparameter):
         return list(value)
 
     def structure(self, value: list[str]) -> list[str]:
+        return value
+
+
+class Objects(Hyperparameter):
+    """Stages or groups, as a tuple; only a constructor sets them."""
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        return self if optimizer is None else optimizer.__dict__[f"_{self.name}"]
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        raise AttributeError(
+            f"`{self.name}` can't be set after the optimizer was made: pass it to the "
+            f"constructor, or go on with `optimizer.carry_over(variables, {self.name}="
+            "[...])`, which keeps the state."
+        )
+
+    def check(self, value: Any) -> Any:
+        """The value; constructors check it."""
         return value
 
 

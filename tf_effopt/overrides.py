@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 
-from tf_effopt.hyperparameters import Hyperparameter
+from tf_effopt.hyperparameters import Hyperparameter, LearningRate
 
 _RULE = (
     "write the update as a rule: `rule = staticmethod(my_rule)`, see "
@@ -269,6 +269,8 @@ def _replaced_hyperparameters(cls: type) -> Iterator[tuple[str, Any]]:
             seen.add(name)
             if isinstance(value, Hyperparameter):
                 continue
-            later = (vars(x).get(name) for x in cls.__mro__[i + 1 :])
+            later = [vars(x).get(name) for x in cls.__mro__[i + 1 :]]
+            if any(isinstance(x, LearningRate) for x in later):
+                continue  # A property is read; `check_class` refuses what isn't.
             if any(isinstance(x, Hyperparameter) for x in later):
                 yield name, value

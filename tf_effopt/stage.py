@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 
@@ -105,16 +105,14 @@ class Stage(Settings):
         TypeError: `where` isn't one of the four, or an argument isn't known.
     """
 
-    where: str | None = None
-    function: Callable | None = None
-    slots: Slots = Slots()
-    model_rule: ModelRule | None = None
-    look: Callable | None = None
+    where: ClassVar[str | None] = None
+    function: ClassVar[Callable | None] = None
+    slots: ClassVar[Slots] = Slots()
+    model_rule: ClassVar[ModelRule | None] = None
+    look: ClassVar[Callable | None] = None
     decides = False
     clips = False
     elementwise = False
-    built = False
-    _engine: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

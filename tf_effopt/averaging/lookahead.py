@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from keras import ops
 
-from tf_effopt.hyperparameters import Fraction, Integer
+from tf_effopt.hyperparameters import FloatOrSchedule, Fraction, Integer
 from tf_effopt.rules import Slot, Slots
 from tf_effopt.stage import Stage
 
@@ -69,4 +69,4 @@ class Lookahead(Stage):
     function = staticmethod(lookahead)
     elementwise = True
     period: int = Integer(default=6, low=1)
-    step_size: float = Fraction(default=0.5)
+    step_size: FloatOrSchedule = Fraction(default=0.5)

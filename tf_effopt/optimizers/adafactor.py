@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import Negative, Positive, Switch
+from tf_effopt.hyperparameters import FloatOrSchedule, Negative, Positive, Switch
 from tf_effopt.linalg import root_mean_square
 from tf_effopt.rules import ModelRule, Part, Slot, Slots
 
@@ -159,10 +159,10 @@ class Adafactor(Optimizer):
 
     model_rule = ModelRule(adafactor_schedule, each_count=True)
     elementwise = False
-    beta_2_decay: float = Negative(default=-0.8)
-    epsilon_1: float = Positive(default=1e-30)
-    epsilon_2: float = Positive(default=1e-3)
-    clip_threshold: float = Positive(default=1.0)
+    beta_2_decay: FloatOrSchedule = Negative(default=-0.8)
+    epsilon_1: FloatOrSchedule = Positive(default=1e-30)
+    epsilon_2: FloatOrSchedule = Positive(default=1e-3)
+    clip_threshold: FloatOrSchedule = Positive(default=1.0)
     relative_step: bool = Switch(default=True)
 
     def part(self, path, shape):

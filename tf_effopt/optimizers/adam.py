@@ -8,7 +8,7 @@ from __future__ import annotations
 from keras import ops
 
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import DecayRate, Positive, Switch
+from tf_effopt.hyperparameters import DecayRate, FloatOrSchedule, Positive, Switch
 from tf_effopt.rules import ModelRule, Slots
 
 
@@ -101,9 +101,9 @@ class Adam(Optimizer):
 
     rule = staticmethod(adam_rule)
     model_rule = ModelRule(adam_correction, each_count=True)
-    beta_1: float = DecayRate(default=0.9)
-    beta_2: float = DecayRate(default=0.999)
-    epsilon: float = Positive(default=1e-7)
+    beta_1: FloatOrSchedule = DecayRate(default=0.9)
+    beta_2: FloatOrSchedule = DecayRate(default=0.999)
+    epsilon: FloatOrSchedule = Positive(default=1e-7)
     amsgrad: bool = Switch(default=False)
     bias_correction: bool = Switch(default=True, kw_only=True)
 

@@ -5,7 +5,7 @@ https://arxiv.org/abs/1711.05101
 
 from __future__ import annotations
 
-from tf_effopt.hyperparameters import NonNegative
+from tf_effopt.hyperparameters import FloatOrSchedule, NonNegative
 from tf_effopt.optimizers.adam import Adam
 
 
@@ -45,4 +45,4 @@ class AdamW(Adam):
     0.95
     """
 
-    weight_decay: float = NonNegative(default=0.004)
+    weight_decay: FloatOrSchedule = NonNegative(default=0.004)

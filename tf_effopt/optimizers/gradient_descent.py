@@ -3,6 +3,8 @@ des systèmes d'équations simultanées", 1847."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from tf_effopt.base import Optimizer
 from tf_effopt.hyperparameters import LearningRate
 
@@ -45,4 +47,4 @@ class GradientDescent(Optimizer):
     """
 
     rule = staticmethod(gradient_descent_rule)
-    learning_rate: float = LearningRate(default=0.01)
+    learning_rate: Any = LearningRate(default=0.01)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from keras import ops
 
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import DecayRate, Patterns, Positive
+from tf_effopt.hyperparameters import DecayRate, FloatOrSchedule, Patterns, Positive
 from tf_effopt.linalg import trust_ratio
 from tf_effopt.paths import matches
 from tf_effopt.rules import ModelRule, Part, Slots
@@ -116,9 +116,9 @@ class Lamb(Optimizer):
     model_rule = ModelRule(biases, each_count=True)
     adapted = Part(lamb_rule, slots, settings={"adapts": True}, name="lamb")
     excluded = Part(lamb_rule, slots, settings={"adapts": False}, name="adam")
-    beta_1: float = DecayRate(default=0.9)
-    beta_2: float = DecayRate(default=0.999)
-    epsilon: float = Positive(default=1e-7)
+    beta_1: FloatOrSchedule = DecayRate(default=0.9)
+    beta_2: FloatOrSchedule = DecayRate(default=0.999)
+    epsilon: FloatOrSchedule = Positive(default=1e-7)
     exclude_from_adaptation: list = Patterns(default=())
 
     def part(self, path, shape):

@@ -5,8 +5,17 @@ https://arxiv.org/abs/1708.03888
 
 from __future__ import annotations
 
+from typing import Any
+
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import Fraction, LearningRate, Patterns, Positive, Switch
+from tf_effopt.hyperparameters import (
+    FloatOrSchedule,
+    Fraction,
+    LearningRate,
+    Patterns,
+    Positive,
+    Switch,
+)
 from tf_effopt.linalg import trust_ratio
 from tf_effopt.paths import matches
 from tf_effopt.rules import Part, Slots
@@ -95,9 +104,9 @@ class Lars(Optimizer):
     elementwise = False
     adapted = Part(lars_rule, slots, settings={"adapts": True}, name="lars")
     excluded = Part(lars_rule, slots, settings={"adapts": False}, name="sgd")
-    learning_rate: float = LearningRate(default=0.1)
-    momentum: float = Fraction(default=0.9)
-    trust_coefficient: float = Positive(default=0.001)
+    learning_rate: Any = LearningRate(default=0.1)
+    momentum: FloatOrSchedule = Fraction(default=0.9)
+    trust_coefficient: FloatOrSchedule = Positive(default=0.001)
     nesterov: bool = Switch(default=False)
     exclude_from_adaptation: list = Patterns(default=())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from keras import ops
 
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import DecayRate
+from tf_effopt.hyperparameters import DecayRate, FloatOrSchedule
 from tf_effopt.rules import Slots
 
 
@@ -70,5 +70,5 @@ class Lion(Optimizer):
 
     rule = staticmethod(lion_rule)
     slots = Slots(m="momentum")
-    beta_1: float = DecayRate(default=0.9)
-    beta_2: float = DecayRate(default=0.99)
+    beta_1: FloatOrSchedule = DecayRate(default=0.9)
+    beta_2: FloatOrSchedule = DecayRate(default=0.99)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from keras import ops
 
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import DecayRate, Positive
+from tf_effopt.hyperparameters import DecayRate, FloatOrSchedule, Positive
 from tf_effopt.rules import ModelRule, Slots
 
 
@@ -117,6 +117,6 @@ class Nadam(Optimizer):
     rule = staticmethod(nadam_rule)
     slots = Slots(m="momentum", v="velocity")
     model_rule = ModelRule(nadam_schedule, slots={"mu_product": ("u_product", 1.0)})
-    beta_1: float = DecayRate(default=0.9)
-    beta_2: float = DecayRate(default=0.999)
-    epsilon: float = Positive(default=1e-7)
+    beta_1: FloatOrSchedule = DecayRate(default=0.9)
+    beta_2: FloatOrSchedule = DecayRate(default=0.999)
+    epsilon: FloatOrSchedule = Positive(default=1e-7)

@@ -6,10 +6,18 @@ https://arxiv.org/abs/2306.06101
 
 from __future__ import annotations
 
+from typing import Any
+
 from keras import ops
 
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import DecayRate, LearningRate, Positive, Switch
+from tf_effopt.hyperparameters import (
+    DecayRate,
+    FloatOrSchedule,
+    LearningRate,
+    Positive,
+    Switch,
+)
 from tf_effopt.rules import ModelRule, Slot, Slots
 
 
@@ -192,14 +200,14 @@ class Prodigy(Optimizer):
         x0=Slot("initial", starts_at_weight=True),
     )
     elementwise = False
-    learning_rate: float = LearningRate(default=1.0)
-    beta_1: float = DecayRate(default=0.9)
-    beta_2: float = DecayRate(default=0.999)
-    epsilon: float = Positive(default=1e-8)
+    learning_rate: Any = LearningRate(default=1.0)
+    beta_1: FloatOrSchedule = DecayRate(default=0.9)
+    beta_2: FloatOrSchedule = DecayRate(default=0.999)
+    epsilon: FloatOrSchedule = Positive(default=1e-8)
     bias_correction: bool = Switch(default=False)
     safeguard_warmup: bool = Switch(default=False)
-    initial_estimate: float = Positive(default=1e-6)
-    estimate_coefficient: float = Positive(default=1.0)
+    initial_estimate: FloatOrSchedule = Positive(default=1e-6)
+    estimate_coefficient: FloatOrSchedule = Positive(default=1.0)
 
     @property
     def model_rule(self):

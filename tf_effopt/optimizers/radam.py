@@ -9,7 +9,7 @@ from __future__ import annotations
 from keras import ops
 
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import DecayRate, Positive
+from tf_effopt.hyperparameters import DecayRate, FloatOrSchedule, Positive
 from tf_effopt.rules import ModelRule, Slots
 
 # Of one coefficient of `bend`'s power series, B_2k / (2k)!, to the next.
@@ -128,6 +128,6 @@ class RAdam(Optimizer):
     rule = staticmethod(radam_rule)
     slots = Slots(m="momentum", v="velocity")
     model_rule = ModelRule(radam_rectification, each_count=True)
-    beta_1: float = DecayRate(default=0.9)
-    beta_2: float = DecayRate(default=0.999)
-    epsilon: float = Positive(default=1e-8)
+    beta_1: FloatOrSchedule = DecayRate(default=0.9)
+    beta_2: FloatOrSchedule = DecayRate(default=0.999)
+    epsilon: FloatOrSchedule = Positive(default=1e-8)

@@ -10,6 +10,7 @@ from keras import ops
 from tf_effopt.base import Optimizer
 from tf_effopt.hyperparameters import (
     DecayRate,
+    FloatOrSchedule,
     Fraction,
     Positive,
     Switch,
@@ -83,9 +84,9 @@ class RMSprop(Optimizer):
     """
 
     rule = staticmethod(rmsprop_rule)
-    rho: float = DecayRate(default=0.9)
-    momentum: float = Fraction(zero_is_off=True, default=0.0)
-    epsilon: float = Positive(default=1e-7)
+    rho: FloatOrSchedule = DecayRate(default=0.9)
+    momentum: FloatOrSchedule = Fraction(zero_is_off=True, default=0.0)
+    epsilon: FloatOrSchedule = Positive(default=1e-7)
     centered: bool = Switch(default=False)
 
     @property

@@ -5,11 +5,19 @@ https://arxiv.org/abs/2405.15682
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from keras import ops
 
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import Count, DecayRate, LearningRate, Positive
+from tf_effopt.hyperparameters import (
+    Count,
+    DecayRate,
+    FloatOrSchedule,
+    LearningRate,
+    Positive,
+)
 from tf_effopt.rules import Evaluation, ModelRule, Slot, Slots
 
 
@@ -169,10 +177,10 @@ class ScheduleFreeAdamW(Optimizer):
         slots={"lr_max": ("largest_rate", 0.0), "weight_sum": ("weight_sum", 0.0)},
     )
     evaluation = Evaluation(average, interpolation)
-    learning_rate: float = LearningRate(default=0.0025)
+    learning_rate: Any = LearningRate(default=0.0025)
     beta_1: float = Place(allow_zero=False, default=0.9)
-    beta_2: float = DecayRate(default=0.999)
-    epsilon: float = Positive(default=1e-8)
+    beta_2: FloatOrSchedule = DecayRate(default=0.999)
+    epsilon: FloatOrSchedule = Positive(default=1e-8)
     warmup_steps: int | None = Count(low=1, default=0)
 
     def convert_keras_slots(self, saved, steps):

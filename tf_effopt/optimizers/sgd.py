@@ -7,8 +7,10 @@ initialization and momentum in deep learning", 2013.
 
 from __future__ import annotations
 
+from typing import Any
+
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import Fraction, LearningRate, Switch
+from tf_effopt.hyperparameters import FloatOrSchedule, Fraction, LearningRate, Switch
 from tf_effopt.rules import Slots
 
 
@@ -71,8 +73,8 @@ class SGD(Optimizer):
     [-0.25]
     """
 
-    learning_rate: float = LearningRate(default=0.01)
-    momentum: float = Fraction(zero_is_off=True, default=0.0)
+    learning_rate: Any = LearningRate(default=0.01)
+    momentum: FloatOrSchedule = Fraction(zero_is_off=True, default=0.0)
     nesterov: bool = Switch(default=False)
 
     @property

@@ -5,10 +5,18 @@ https://papers.nips.cc/paper/8186-adaptive-methods-for-nonconvex-optimization
 
 from __future__ import annotations
 
+from typing import Any
+
 from keras import ops
 
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import DecayRate, LearningRate, Positive, Switch
+from tf_effopt.hyperparameters import (
+    DecayRate,
+    FloatOrSchedule,
+    LearningRate,
+    Positive,
+    Switch,
+)
 from tf_effopt.optimizers.adam import adam_correction
 from tf_effopt.rules import ModelRule, Slot, Slots
 
@@ -85,10 +93,10 @@ class Yogi(Optimizer):
 
     rule = staticmethod(yogi_rule)
     model_rule = ModelRule(adam_correction, each_count=True)
-    learning_rate: float = LearningRate(default=0.01)
-    beta_1: float = DecayRate(default=0.9)
-    beta_2: float = DecayRate(default=0.999)
-    epsilon: float = Positive(default=1e-3)
+    learning_rate: Any = LearningRate(default=0.01)
+    beta_1: FloatOrSchedule = DecayRate(default=0.9)
+    beta_2: FloatOrSchedule = DecayRate(default=0.999)
+    epsilon: FloatOrSchedule = Positive(default=1e-3)
     initial_accumulator_value: float = Positive(fixed=True, default=1e-6)
     bias_correction: bool = Switch(default=True, kw_only=True)
 

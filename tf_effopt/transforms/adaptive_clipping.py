@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from keras import ops
 
-from tf_effopt.hyperparameters import Patterns, Positive
+from tf_effopt.hyperparameters import FloatOrSchedule, Patterns, Positive
 from tf_effopt.paths import matches
 from tf_effopt.transforms.base import Transform
 from tf_effopt.transforms.clipping import shrink
@@ -86,14 +86,9 @@ class AdaptiveClipping(Transform):
     look = staticmethod(unit_norms)
     before = staticmethod(clip_by_unit)
     clips = True
-    clipping = Positive()
-    epsilon = Positive()
-    exclude = Patterns()
-
-    def __init__(self, clipping=0.01, epsilon=1e-3, exclude=()):
-        self.clipping = clipping
-        self.epsilon = epsilon
-        self.exclude = exclude
+    clipping: FloatOrSchedule = Positive(default=0.01)
+    epsilon: FloatOrSchedule = Positive(default=1e-3)
+    exclude: list = Patterns(default=())
 
     def acts_on(self, path, shape):
         return not matches(self.exclude, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 from tf_effopt.stage import Function, Stage
 
@@ -35,8 +36,8 @@ class Transform(Stage):
     For a function that keeps something for each tensor, derive from `Stage`.
     """
 
-    before: Callable | None = None
-    after: Callable | None = None
+    before: ClassVar[Callable | None] = None
+    after: ClassVar[Callable | None] = None
 
     def functions(self) -> Iterator[Function]:
         """What it does, in order."""

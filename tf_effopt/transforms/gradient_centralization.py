@@ -55,10 +55,7 @@ class GradientCentralization(Transform):
     """
 
     before = staticmethod(centralized)
-    exclude = Patterns()
-
-    def __init__(self, exclude=("embeddings$",)):
-        self.exclude = exclude
+    exclude: list = Patterns(default=("embeddings$",))
 
     def acts_on(self, path, shape):
         return len(shape) > 1 and not matches(self.exclude, path)

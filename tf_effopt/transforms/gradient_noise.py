@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from keras import ops
 
-from tf_effopt.hyperparameters import Integer, NonNegative
+from tf_effopt.hyperparameters import FloatOrSchedule, Integer, NonNegative
 from tf_effopt.transforms.base import Transform
 
 
@@ -59,11 +59,6 @@ class GradientNoise(Transform):
     """
 
     before = staticmethod(noisy)
-    variance = NonNegative()
-    gamma = NonNegative()
-    seed = Integer(low=0)
-
-    def __init__(self, variance=0.3, gamma=0.55, seed=0):
-        self.variance = variance
-        self.gamma = gamma
-        self.seed = seed
+    variance: FloatOrSchedule = NonNegative(default=0.3)
+    gamma: FloatOrSchedule = NonNegative(default=0.55)
+    seed: int = Integer(low=0, default=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from keras import ops
 
-from tf_effopt.hyperparameters import DecayRate, NonNegative, Patterns
+from tf_effopt.hyperparameters import DecayRate, FloatOrSchedule, NonNegative, Patterns
 from tf_effopt.paths import matches
 from tf_effopt.rules import Slots
 from tf_effopt.stage import Stage
@@ -77,8 +77,8 @@ class MARS(Stage):
     where = "gradient"
     slots = Slots(last="last_gradient")
     function = staticmethod(corrected)
-    gamma: float = NonNegative(default=0.025)
-    beta_1: float = DecayRate(default=0.95)
+    gamma: FloatOrSchedule = NonNegative(default=0.025)
+    beta_1: FloatOrSchedule = DecayRate(default=0.95)
     exclude: list = Patterns(default=())
 
     def acts_on(self, path, shape):

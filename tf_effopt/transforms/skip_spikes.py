@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from keras import ops
 
-from tf_effopt.hyperparameters import Count, DecayRate, Positive
+from tf_effopt.hyperparameters import Count, DecayRate, FloatOrSchedule, Positive
 from tf_effopt.rules import ModelRule
 from tf_effopt.transforms.base import Transform
 from tf_effopt.transforms.zclip import measure_squared_norm
@@ -83,14 +83,9 @@ class SkipSpikes(Transform):
         measure=measure_squared_norm,
     )
     decides = True
-    factor = Positive()
-    decay = DecayRate()
-    warmup_steps = Count(low=1)
-
-    def __init__(self, factor=5.0, decay=0.98, warmup_steps=25):
-        self.factor = factor
-        self.decay = decay
-        self.warmup_steps = warmup_steps
+    factor: FloatOrSchedule = Positive(default=5.0)
+    decay: FloatOrSchedule = DecayRate(default=0.98)
+    warmup_steps: int | None = Count(low=1, default=25)
 
     @property
     def skipped(self) -> int:

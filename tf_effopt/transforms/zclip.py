@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from keras import ops
 
-from tf_effopt.hyperparameters import Count, DecayRate, Positive
+from tf_effopt.hyperparameters import Count, DecayRate, FloatOrSchedule, Positive
 from tf_effopt.rules import ModelRule
 from tf_effopt.transforms import clipping
 from tf_effopt.transforms.base import Transform
@@ -109,11 +109,6 @@ class ZClip(Transform):
     )
     before = staticmethod(clipping.multiplied)
     clips = True
-    z_threshold = Positive()
-    decay = DecayRate()
-    warmup_steps = Count(low=2)
-
-    def __init__(self, z_threshold=2.5, decay=0.97, warmup_steps=25):
-        self.z_threshold = z_threshold
-        self.decay = decay
-        self.warmup_steps = warmup_steps
+    z_threshold: FloatOrSchedule = Positive(default=2.5)
+    decay: FloatOrSchedule = DecayRate(default=0.97)
+    warmup_steps: int | None = Count(low=2, default=25)
