@@ -118,7 +118,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def __setattr__(self, name: str, value: Any) -> None:
         inner = self.__dict__.get("inner_optimizer")
         overrides.check_assignment(self, name, IGNORED)
-        is_inner = isinstance(getattr(type(inner), name, None), Hyperparameter)
+        kind = getattr(type(inner), name, None)  # Keras's passes the learning rate on.
+        is_inner = isinstance(kind, Hyperparameter) and name != "learning_rate"
         # Keras sets this one to None: two factors would multiply.
         if is_inner and not (name == "loss_scale_factor" and value is None):
             raise AttributeError(

@@ -55,6 +55,9 @@ class LargeGradient:
             self._squares = self._vector(measured)
         self._shrunk = self._shrunk_squares()
         self._shrunk_total = inputs.total(SHRUNK, self.shrunk)["total"]
+        # Here, outside of the branch of the update: in it, XLA would make them anew for
+        # each element.
+        self._factors = self._made_factors() if inputs.plan.needs_norms else None
 
     def shrunk(self) -> dict[str, Any]:
         """What this device's tensors add to the phase `SHRUNK`."""
@@ -63,10 +66,15 @@ class LargeGradient:
     def factors(self) -> Iterator[tuple[Any, Any]]:
         """For each gradient the two factors that clip it by a norm."""
         if self.inputs.plan.clip == "clipnorm":
-            # As vectors: each operation on each scalar would have to be compiled.
-            both = self._factors_of(self._squares, self._shrunk)
-            return zip(*map(ops.unstack, both), strict=True)
-        return itertools.repeat(self._factors_of(self._total, self._shrunk_total))
+            return zip(*map(ops.unstack, self._factors), strict=True)
+        return itertools.repeat(self._factors)
+
+    def _made_factors(self) -> tuple[Any, Any]:
+        """Two scalars; two vectors if each gradient is clipped by its own norm."""
+        if self.inputs.plan.clip == "clipnorm":
+            # Each operation on each scalar would have to be compiled.
+            return self._factors_of(self._squares, self._shrunk)
+        return self._factors_of(self._total, self._shrunk_total)
 
     def _factors_of(self, squares: Any, shrunk: Any) -> tuple[Any, Any]:
         """Of a squared norm, or a vector of them, and the same shrunk."""
