@@ -13,6 +13,9 @@ import tensorflow as tf
 from cases import BY_NAME, arrays
 
 import tf_effopt
+from tf_effopt import hyperparameters
+from tf_effopt.configurable import fields
+from tf_effopt.optimizers.muon import KnownRoles
 
 NAN, INF = float("nan"), float("inf")
 SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
@@ -58,96 +61,62 @@ SHARED = {
     "averaging": ("", []),  # so has this
     "groups": ("", []),  # has tests of its own
 }
-BETAS = {"beta_1": DECAY_RATE, "beta_2": DECAY_RATE}
-ADAM = {
-    **BETAS,
-    "epsilon": POSITIVE,
-    "amsgrad": SWITCH,
-    "bias_correction": SWITCH,
+INTEGER = [0, -1, 2.0, 1.5, "2", True, None, NAN]
+KINDS = {
+    hyperparameters.DecayRate: DECAY_RATE,
+    hyperparameters.Fraction: FRACTION,
+    hyperparameters.Negative: NEGATIVE,
+    hyperparameters.NonNegative: NON_NEGATIVE,
+    hyperparameters.Patterns: PATTERNS,
+    hyperparameters.Positive: POSITIVE,
+    hyperparameters.Real: REAL,
+    hyperparameters.Switch: SWITCH,
 }
+
+
+def of_kind(kind: hyperparameters.Hyperparameter) -> tuple[str, list]:
+    """What is expected of a hyperparameter, and values that aren't that."""
+    if isinstance(kind, KnownRoles):
+        expected = r"what `tf_effopt.roles\(model\)` returned, or None"
+        return expected, ["hidden", {"kernel": "hidden"}, 1]
+    if isinstance(kind, hyperparameters.Choice):
+        wrong = ["other", None, 1, 0.2, [kind.choices[0]]]
+        return "one of " + ", ".join(map(repr, kind.choices)), wrong
+    if isinstance(kind, hyperparameters.Count):
+        return count(int(kind.low))
+    if isinstance(kind, hyperparameters.Integer):
+        too_small = [x for x in INTEGER if x != 0 or kind.low > 0]
+        return f"an integer of at least {kind.low}", too_small
+    expected, wrong = next(x for cls, x in KINDS.items() if isinstance(kind, cls))
+    if getattr(kind, "low", None) == 0 and kind.open_low and kind.high == 1:
+        expected, wrong = r"in \(0, 1\)", [0, 0.0, *wrong]
+    is_optional = getattr(kind, "optional", False)
+    return or_none((expected, wrong)) if is_optional else (expected, wrong)
+
+
+def own_arguments(cls: type) -> dict[str, tuple[str, list]]:
+    """By the class's declarations; of patterns, None is none in some."""
+    shared = fields(tf_effopt.Optimizer)
+    own = {
+        name: of_kind(kind)
+        for name, kind in fields(cls).items()
+        if kind is not shared.get(name)
+        and not isinstance(kind, hyperparameters.LearningRate)
+    }
+    if cls is tf_effopt.Muon:
+        expected, wrong = own["exclude_layers"]
+        own["exclude_layers"] = expected, [x for x in wrong if x is not None]
+    return own
+
+
 OWN = {
-    "GradientDescent": {},
-    "SGD": {"momentum": FRACTION, "nesterov": SWITCH},
-    "Adam": ADAM,
-    "AdamW": {**ADAM, "weight_decay": NON_NEGATIVE},
-    "RMSprop": {
-        "rho": DECAY_RATE,
-        "momentum": FRACTION,
-        "epsilon": POSITIVE,
-        "centered": SWITCH,
-    },
-    "Adafactor": {
-        "beta_2_decay": NEGATIVE,
-        "epsilon_1": POSITIVE,
-        "epsilon_2": POSITIVE,
-        "clip_threshold": POSITIVE,
-        "relative_step": SWITCH,
-    },
-    "Lamb": {**BETAS, "epsilon": POSITIVE, "exclude_from_adaptation": PATTERNS},
-    "Lars": {
-        "momentum": FRACTION,
-        "trust_coefficient": POSITIVE,
-        "nesterov": SWITCH,
-        "exclude_from_adaptation": PATTERNS,
-    },
-    "Lion": BETAS,
-    "Muon": {
-        "adam_beta_1": DECAY_RATE,
-        "adam_beta_2": DECAY_RATE,
-        "adam_weight_decay": or_none(NON_NEGATIVE),
-        "epsilon": POSITIVE,
-        "exclude_layers": ("a list of regular expressions", ["bias", 1, [1], ["("]]),
-        "exclude_embeddings": SWITCH,
-        "muon_a": REAL,
-        "muon_b": REAL,
-        "muon_c": REAL,
-        "adam_lr_ratio": NON_NEGATIVE,
-        "momentum": DECAY_RATE,
-        "ns_steps": ("an integer of at least 1", [0, -1, 2.0, "2", True, None]),
-        "nesterov": SWITCH,
-        "rms_rate": or_none(POSITIVE),
-        "iteration": ("one of 'newton_schulz', 'polar_express'", ["svd", None, 1]),
-        "scale": ("one of 'match_rms_adamw', 'original'", ["rms", None, 0.2]),
-        "split_heads": SWITCH,
-        "roles": (
-            r"what `tf_effopt.roles\(model\)` returned, or None",
-            ["hidden", {"kernel": "hidden"}, 1],
-        ),
-    },
-    "Nadam": {**BETAS, "epsilon": POSITIVE},
-    "Prodigy": {
-        **BETAS,
-        "epsilon": POSITIVE,
-        "bias_correction": SWITCH,
-        "safeguard_warmup": SWITCH,
-        "initial_estimate": POSITIVE,
-        "estimate_coefficient": POSITIVE,
-    },
-    "RAdam": {**BETAS, "epsilon": POSITIVE},
-    "SOAP": {
-        **BETAS,
-        "shampoo_beta": or_none(DECAY_RATE),
-        "epsilon": POSITIVE,
-        "weight_decay": NON_NEGATIVE,
-        "precondition_frequency": count(1),
-        "max_precondition_dim": (
-            "an integer of at least 1",
-            [0, -1, 1.5, None, True, "1", NAN],
-        ),
-    },
-    "ScheduleFreeAdamW": {
-        "beta_1": (r"in \(0, 1\)", [0, 0.0, *DECAY_RATE[1]]),
-        "beta_2": DECAY_RATE,
-        "epsilon": POSITIVE,
-        "warmup_steps": count(1),
-    },
-    "Yogi": {
-        **BETAS,
-        "epsilon": POSITIVE,
-        "initial_accumulator_value": POSITIVE,
-        "bias_correction": SWITCH,
-    },
+    name: own_arguments(getattr(tf_effopt, name))
+    for name in sorted(tf_effopt.optimizers.__all__)
 }
+STAGES = [
+    make for make in vars(tf_effopt.transforms).values() if isinstance(make, type)
+]
+STAGES += [tf_effopt.averaging.Lookahead]
 CLASSES = list(OWN)
 WRONG = [
     (class_name, argument, expected, value)
@@ -170,6 +139,22 @@ def test_wrong_argument_is_named(class_name, argument, expected, value):
     message = f"`{argument}` must be {expected}. {received(argument, value)}"
     with pytest.raises(ValueError, match=message):
         getattr(tf_effopt, class_name)(**{argument: value})
+
+
+@pytest.mark.parametrize(
+    "cls, argument, expected, value",
+    [
+        (cls, argument, expected, value)
+        for cls in STAGES
+        for argument, (expected, values) in own_arguments(cls).items()
+        for value in values
+    ],
+    ids=str,
+)
+def test_wrong_argument_of_a_stage_is_named(cls, argument, expected, value):
+    message = f"`{argument}` must be {expected}. {received(argument, value)}"
+    with pytest.raises(ValueError, match=message):
+        cls(**{argument: value})
 
 
 def test_every_optimizer_is_in_the_table():

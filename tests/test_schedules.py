@@ -58,7 +58,7 @@ def numbers_of(make):
             yield name
 
 
-@pytest.mark.representatives("adam", "rmsprop", "adafactor", "muon")
+@pytest.mark.representatives("rmsprop", "adafactor", "muon")
 @pytest.mark.parametrize("case", CASES, ids=by_name)
 def test_every_number_of_every_optimizer(case):
     """The same as assigning the value before each step."""
@@ -100,6 +100,9 @@ SHARED = {
 }
 
 
+@pytest.mark.representatives(
+    "eager-global_clipnorm", "fit-weight_decay", "fit-loss_*", "jit-ema_momentum"
+)
 @pytest.mark.parametrize("name", SHARED)
 @pytest.mark.parametrize("way", ["eager", "fit", "jit"])
 def test_shared_numbers_in_every_way(name, way):
