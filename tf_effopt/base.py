@@ -38,7 +38,7 @@ from tf_effopt.checks import (
     is_nothing,
     same_shape,
     shown_shape,
-    without_none,
+    with_a_gradient,
 )
 from tf_effopt.configurable import Configurable, current_value, serialized
 from tf_effopt.engine import counts, keras_hooks, private_names
@@ -654,17 +654,24 @@ class Optimizer(Configurable, keras.optimizers.Optimizer):
         grads = checked_gradients(grads)
         if is_nothing(grads, trainable_variables):
             return keras.ops.convert_to_tensor(True)
-        variables = self.matching_variables(grads, trainable_variables)
-        grads, variables = self._without_frozen(grads, variables)
-        if variables:
-            grads, variables = without_none(grads, variables)
+        variables, indices = self._matched(grads, trainable_variables)
+        if self._frozen:
+            kept = [k for k, i in enumerate(indices) if i not in self._frozen]
+            grads, variables, indices = (
+                [of[k] for k in kept] for of in (grads, variables, indices)
+            )
+        kept = with_a_gradient(grads, variables)
+        if len(kept) < len(grads):
+            grads, variables, indices = (
+                [of[k] for k in kept] for of in (grads, variables, indices)
+            )
         if self._trained_by_gradient_values(variables):
             grads, variables = self._overwrite_variables_directly_with_gradients(
                 grads, variables
             )
+            indices = [self._get_variable_index(v) for v in variables]
         if not variables:
             return self._engine.count_step()
-        indices = [self._get_variable_index(v) for v in variables]
         return self._engine.apply(list(grads), indices)
 
     def stateless_apply(
@@ -685,14 +692,6 @@ class Optimizer(Configurable, keras.optimizers.Optimizer):
                 f"{grads_and_vars!r}, which has none."
             )
         return super().apply_gradients(pairs)
-
-    def _without_frozen(self, grads: list, variables: list) -> tuple[list, list]:
-        kept = [
-            i
-            for i, v in enumerate(variables)
-            if self._get_variable_index(v) not in self._frozen
-        ]
-        return [grads[i] for i in kept], [variables[i] for i in kept]
 
     def scale_loss(self, loss: Any) -> Any:
         """Returns the loss times `loss_scale_factor`, as it is now."""
@@ -718,6 +717,10 @@ class Optimizer(Configurable, keras.optimizers.Optimizer):
 
     def matching_variables(self, grads: list[Any], variables: Any) -> list[Any]:
         """The variables of `grads`, the optimizer built on them if need be."""
+        return self._matched(grads, variables)[0]
+
+    def _matched(self, grads: list[Any], variables: Any) -> tuple[list[Any], list[int]]:
+        """As `matching_variables`, with the place of each in the optimizer."""
         if variables is None:
             if not self.built:
                 raise ValueError(
@@ -733,23 +736,24 @@ class Optimizer(Configurable, keras.optimizers.Optimizer):
                 f"Received: {len(grads)} gradients for {len(variables)} variables."
             )
         self.build(variables)
-        indices = self._trainable_variables_indices
-        unknown = [v for v in variables if self._var_key(v) not in indices]
+        places = self._trainable_variables_indices
+        indices = [places.get(self._var_key(v)) for v in variables]
+        unknown = [v for v, i in zip(variables, indices, strict=True) if i is None]
         if unknown and len(unknown) == len(variables):
             raise ValueError(copies.of_another_model(self.name, variables))
         if unknown:
             raise ValueError(self._unknown_variable(unknown[0]))
-        for g, variable in zip(grads, variables, strict=True):
+        for g, variable, i in zip(grads, variables, indices, strict=True):
             if g is None:
                 continue
-            _, shape = self._known[indices[self._var_key(variable)]]
+            _, shape = self._known[i]
             if not same_shape(g, shape):
                 raise ValueError(
                     f"The gradient of {path_of(variable)} must have its shape "
                     f"{shape}. Received: {shown_shape(g)}."
                     + self._word_of_another_shape(variable, shape)
                 )
-        return variables
+        return variables, indices
 
     def _word_of_another_shape(self, variable: Any, shape: tuple[int, ...]) -> str:
         with engine.outside_of_graphs():

@@ -161,10 +161,10 @@ def shown_shape(gradient: Any) -> str:
     return f"shape {shape}, with rows of shape {known_shape(gradient.values)[1:]}"
 
 
-def without_none(grads: list[Any], variables: list[Any]) -> tuple[list, list]:
-    """Drops variables without a gradient, with Keras's warning."""
+def with_a_gradient(grads: list[Any], variables: list[Any]) -> list[int]:
+    """The places of those with a gradient; of others, Keras's warning."""
     missing = [path_of(v) for g, v in zip(grads, variables, strict=True) if g is None]
-    if len(missing) == len(variables):
+    if variables and len(missing) == len(variables):
         raise ValueError(
             "No gradients provided for any variable. Check that the loss depends "
             f"on them. Received: None for {missing[:5]}"
@@ -177,8 +177,7 @@ def without_none(grads: list[Any], variables: list[Any]) -> tuple[list, list]:
             "argument?",
             stacklevel=4,
         )
-    kept = [(g, v) for g, v in zip(grads, variables, strict=True) if g is not None]
-    return [g for g, _ in kept], [v for _, v in kept]
+    return [k for k, g in enumerate(grads) if g is not None]
 
 
 def _shown(value: Any) -> str:
