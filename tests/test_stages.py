@@ -172,7 +172,6 @@ def test_a_constructor_written_by_hand_stays():
     for cls in (Mine, Another):
         assert cls(0.1).get_config() == {"gamma": 0.1}
         assert cls(0.1).beta_1 == 0.5
-    assert Another(0.1).factor == 1.0  # which nothing has set
 
 
 def test_hyperparameters_change_without_a_trace():

@@ -84,8 +84,6 @@ class Hyperparameter:
         try:
             return optimizer.__dict__["_hyperparameters"][self.name]
         except KeyError:
-            if self.default is not REQUIRED:
-                return self.default  # A constructor written by hand didn't set it.
             # `AutoTrackable` reads an attribute before its first assignment.
             raise AttributeError(
                 f"'{type(optimizer).__name__}' object has no attribute '{self.name}'"
