@@ -162,9 +162,27 @@ def train(model: keras.Model, steps: int) -> keras.Model:
     return model
 
 
+def falling(start: float, end: float = 0.0, steps: int = 8) -> Any:
+    """A schedule that falls from `start` to `end` in so many steps."""
+    return keras.optimizers.schedules.PolynomialDecay(start, steps, end)
+
+
 def arrays(variables: Any) -> list[np.ndarray]:
     """The values now, of a model's or an optimizer's variables."""
     return [keras.ops.convert_to_numpy(v).copy() for v in variables]
+
+
+def weights_after(
+    optimizer: Any, gradients: Any, start: float = 0.0, dtype: str = "float32"
+) -> list[np.ndarray]:
+    """A weight after each update by one of the gradients, on TensorFlow."""
+    w = keras.Variable(np.full(np.shape(gradients[0]), start), dtype=dtype)
+    weights = []
+    for g in gradients:
+        g = keras.ops.convert_to_tensor(np.array(g), "float32")
+        optimizer.apply([g], [w])
+        weights.append(keras.ops.convert_to_numpy(w).astype("float64"))
+    return weights
 
 
 def programs_of(optimizer: tf_effopt.Optimizer) -> list[Any]:

@@ -62,7 +62,7 @@ def run(optimizer, dtype="float32", way=lambda f: f, spoil=None):
 
 @pytest.fixture
 def programs_of_their_own(monkeypatch):
-    """Each set has programs of its own, which know what is left out; not compiled."""
+    """Each set gets dedicated programs, traced without what is left out; not compiled."""
 
     def activate():
         monkeypatch.setattr(engine, "_shares_programs", lambda *_: False)
@@ -192,12 +192,10 @@ def test_stand_ins_share_the_memory_of_the_largest():
     for chosen in ("01234", "1"):
         given = [gradients[0][i] if str(i) in chosen else None for i in range(5)]
         optimizer.apply(given, weights)
-    kept = optimizer._engine._stand_ins
-    whole = [x for key, x in kept.items() if len(key) == 2]
-    assert [tuple(x.shape) for x in whole] == [(27,)]
-    assert {tuple(x.shape) for key, x in kept.items() if len(key) == 3} == set(
-        SHAPES.values()
-    ) - {(4,)}
+    kept = optimizer._engine._missing_gradients
+    assert [tuple(x.shape) for x in kept._zeros.values()] == [(27,)]
+    shapes = {tuple(x.shape) for x in kept._views.values()}
+    assert shapes == set(SHAPES.values()) - {(4,)}
 
 
 def test_gradients_of_another_dtype_than_the_weights_are_taken():

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import CASES, X, Y, arrays, by_name, compiled_model, traces, train
+from cases import (
+    CASES,
+    X,
+    Y,
+    arrays,
+    by_name,
+    compiled_model,
+    falling,
+    traces,
+    train,
+    weights_after,
+)
 
 import tf_effopt
 from tf_effopt import SGD, Adam, AdamW, Group, LossScaleOptimizer
@@ -22,18 +34,7 @@ pytestmark = pytest.mark.fresh_programs
 schedules = keras.optimizers.schedules
 
 
-def falling(start, end=0.0, steps=8):
-    return schedules.PolynomialDecay(start, steps, end)
-
-
-def steps(optimizer, gradients, start=1.0):
-    """The weight after each step."""
-    w = keras.Variable([start])
-    weights = []
-    for g in gradients:
-        optimizer.apply([tf.constant([g])], [w])
-        weights.append(float(w.numpy()[0]))
-    return weights
+steps = functools.partial(weights_after, start=1.0)
 
 
 def test_a_decay_by_a_schedule_is_that_of_its_numbers():
@@ -168,7 +169,7 @@ def test_it_counts_micro_steps_as_that_of_the_learning_rate():
     w = keras.Variable([1.0], name="w")
     for expected in one:
         other.apply([tf.constant([1.0])], [w])
-        assert w.numpy() == pytest.approx(expected, rel=1e-6)
+        assert w.numpy()[0] == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_reading_returns_what_was_set_and_current_the_number():

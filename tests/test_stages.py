@@ -9,23 +9,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from cases import STAGES, X, Y, arrays, compiled_model, train
+from cases import weights_after as steps
 
 import tf_effopt
 from tf_effopt import SGD, Adam, AdamW, Group, Stage, hyperparameters
 from tf_effopt.averaging import Lookahead
 from tf_effopt.rules import ModelRule, Slot, Slots
 from tf_effopt.transforms import MARS, Transform
-
-
-def steps(optimizer, gradients, start=0.0, dtype="float32"):
-    """The weights after each update by one of the gradients."""
-    w = keras.Variable(np.full(np.shape(gradients[0]), start), dtype=dtype)
-    weights = []
-    for g in gradients:
-        optimizer.apply([tf.constant(np.array(g), "float32")], [w])
-        weights.append(keras.ops.convert_to_numpy(w).astype("float64"))
-    return weights
-
 
 # ------------------------------------------------------------------- the contract
 
@@ -377,13 +367,12 @@ def test_lookahead_with_compensated_rounding_loses_nothing():
 
 def test_a_model_is_saved_with_stages_of_its_own_package():
     optimizer = AdamW(1e-3, transforms=[MARS()], averaging=Lookahead(period=3))
-    model = train(compiled_model(optimizer), 4)
+    train(compiled_model(optimizer), 4)
     config = optimizer.get_config()
     assert config["averaging"][0]["registered_name"] == "tf_effopt>Lookahead"
     again = tf_effopt.AdamW.from_config(config)
     assert again.averaging[0].period == 3 and again.transforms[0].gamma == 0.025
     assert len(again.transforms) == 1
-    del model
 
 
 def test_files_of_optimizers_without_the_stage_are_refused(tmp_path):

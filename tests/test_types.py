@@ -33,7 +33,7 @@ def test_calls_are_checked(tmp_path):
     """Those that are right pass; each wrong one is an error, in its line."""
     file = tmp_path / "calls.py"
     file.write_text("\n".join([CALLS.rstrip(), *WRONG, ""]))
-    # Keras has no annotations of its own.
+    # Keras itself has no annotations.
     options = ["--ignore-missing-imports", "--follow-imports=silent"]
     finished = subprocess.run(
         [sys.executable, "-m", "mypy", *options, "--cache-dir", tmp_path, file],

@@ -19,7 +19,7 @@ if "--without-tensorflow" in sys.argv:
 
 import keras
 import numpy as np
-from cases import CASES
+from cases import CASES, falling
 
 import tf_effopt
 
@@ -69,17 +69,15 @@ OPTIONS = {
     # Stages with slots, before the rule and after it; numbers by a schedule.
     "slots": {
         "global_clipnorm": 0.5,
-        "weight_decay": lambda: falling(0.02, 0.005),
+        "weight_decay": lambda: falling(0.02, 0.005, steps=15),
         "transforms": lambda: [tf_effopt.transforms.MARS(0.2, beta_1=0.8)],
-        "averaging": lambda: tf_effopt.averaging.Lookahead(3, falling(0.8, 0.4)),
+        "averaging": lambda: tf_effopt.averaging.Lookahead(
+            3, falling(0.8, 0.4, steps=15)
+        ),
     },
 }
 # Each case runs with these, "adam" with all.
 OF_EACH = ("all_at_once", "slots")
-
-
-def falling(start: float, end: float) -> keras.optimizers.schedules.PolynomialDecay:
-    return keras.optimizers.schedules.PolynomialDecay(start, 15, end)
 
 
 def groups() -> list[tf_effopt.Group]:

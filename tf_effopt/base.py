@@ -7,9 +7,8 @@ computes is the rule's (`tf_effopt.optimizers`).
 from __future__ import annotations
 
 import inspect
-import numbers
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import keras
@@ -117,7 +116,7 @@ class Optimizer(Configurable, keras.optimizers.Optimizer):
     0.99
 
     Its constructor is made of what it declares, and takes the arguments below by name.
-    A class may have an `__init__` of its own instead, which passes `learning_rate` and
+    A class may define a custom `__init__` instead, which passes `learning_rate` and
     `**kwargs` on, and sets each attribute.
 
     The rule is called as `rule(g, slots, *, learning_rate, ...)` and returns
@@ -176,7 +175,7 @@ class Optimizer(Configurable, keras.optimizers.Optimizer):
             (right on average, the same on each replica), `"compensated"`
             (what was lost is kept, 1 more value per parameter) or
             `"nearest"` (small steps are lost). Slots are float32 for them.
-        transforms: list of `tf_effopt.transforms`, or of your own `tf_effopt.Stage`s,
+        transforms: list of `tf_effopt.transforms`, or of custom `tf_effopt.Stage`s,
             which change the gradient before the rule or the step after it, in this
             order, after clipping.
         averaging: None, or one of `tf_effopt.averaging`, or a list: what becomes of the
@@ -269,15 +268,6 @@ class Optimizer(Configurable, keras.optimizers.Optimizer):
                 f"{type(self).__name__} has no rule. Set `rule = "
                 "staticmethod(my_rule)` in the class; see `tf_effopt.Optimizer`."
             )
-        # Keras compares these two with numbers.
-        scheduled = {
-            name: value
-            for name, value in (
-                ("ema_momentum", ema_momentum),
-                ("ema_overwrite_frequency", ema_overwrite_frequency),
-            )
-            if not isinstance(value, numbers.Real | None)
-        }
         super().__init__(
             LearningRate().check(copies.deserialized(learning_rate)),
             weight_decay=weight_decay,
@@ -285,16 +275,13 @@ class Optimizer(Configurable, keras.optimizers.Optimizer):
             clipvalue=clipvalue,
             global_clipnorm=global_clipnorm,
             use_ema=use_ema,
-            ema_momentum=0.99 if "ema_momentum" in scheduled else ema_momentum,
-            ema_overwrite_frequency=None
-            if "ema_overwrite_frequency" in scheduled
-            else as_int(ema_overwrite_frequency),
             loss_scale_factor=loss_scale_factor,
             gradient_accumulation_steps=as_int(gradient_accumulation_steps),
             name=name,
         )
-        for argument, value in scheduled.items():
-            setattr(self, argument, value)
+        # Keras would compare them with numbers, and they may be schedules.
+        self.ema_momentum = ema_momentum
+        self.ema_overwrite_frequency = ema_overwrite_frequency
         private_names.check_optimizer(self)
         self.rounding = rounding
         self.lazy = lazy
@@ -657,22 +644,18 @@ class Optimizer(Configurable, keras.optimizers.Optimizer):
         variables, indices = self._matched(grads, trainable_variables)
         if self._frozen:
             kept = [k for k, i in enumerate(indices) if i not in self._frozen]
-            grads, variables, indices = (
-                [of[k] for k in kept] for of in (grads, variables, indices)
-            )
+            grads, variables, indices = _chosen(kept, grads, variables, indices)
         kept = with_a_gradient(grads, variables)
-        if len(kept) < len(grads):
-            grads, variables, indices = (
-                [of[k] for k in kept] for of in (grads, variables, indices)
-            )
+        grads, variables, indices = _chosen(kept, grads, variables, indices)
         if self._trained_by_gradient_values(variables):
-            grads, variables = self._overwrite_variables_directly_with_gradients(
-                grads, variables
+            grads, variables = map(
+                list,
+                self._overwrite_variables_directly_with_gradients(grads, variables),
             )
             indices = [self._get_variable_index(v) for v in variables]
         if not variables:
             return self._engine.count_step()
-        return self._engine.apply(list(grads), indices)
+        return self._engine.apply(grads, indices)
 
     def stateless_apply(
         self, optimizer_variables: list, grads: list, trainable_variables: list
@@ -702,10 +685,8 @@ class Optimizer(Configurable, keras.optimizers.Optimizer):
         else:
             with engine.outside_of_graphs():
                 factor = self.current("loss_scale_factor")
-            if engine.in_a_graph():
-                self.__dict__["_scaled_in_a_graph"] = (
-                    True  # See the engine's `building`.
-                )
+            if engine.in_a_graph():  # See the engine's `building`.
+                self.__dict__["_scaled_in_a_graph"] = True
         if "float" not in str(getattr(loss, "dtype", "")):
             if isinstance(loss, float | int) and not keras.ops.is_tensor(factor):
                 return loss * factor
@@ -1306,6 +1287,11 @@ class Optimizer(Configurable, keras.optimizers.Optimizer):
 
 
 Optimizer.__init__.made_of_fields = True  # A subclass that declares more gets its own.
+
+
+def _chosen(places: list[int], *lists: list) -> Iterator[list]:
+    """What is at these places of each list."""
+    return ([of[k] for k in places] for of in lists)
 
 
 def _filled_with(value: float) -> Callable:

@@ -43,8 +43,8 @@ class Configurable:
     A class that declares a hyperparameter with a default gets its `__init__` made, as
     a dataclass does: `beta: float = DecayRate(default=0.9)` is an argument `beta=0.9`.
     Arguments are in the order of the declarations, those of base classes first; one
-    that is declared again keeps its place, and gets the new default. A class may have
-    an `__init__` of its own instead, which sets each attribute.
+    that is declared again keeps its place, and gets the new default. A class may define
+    a custom `__init__` instead, which sets each attribute.
     """
 
     @classmethod

@@ -8,7 +8,7 @@ A class declares its hyperparameters, with their defaults:
 
 They become the arguments of its constructor. Each assignment, then and later, is
 checked here, and reaches the compiled update without compiling it again. A kind's
-`default=` may be left out in a class that has an `__init__` of its own.
+`default=` may be left out in a class that defines a custom `__init__`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What stands around a rule, whichever rule it is: one contract for all of it."""
+"""Steps around a rule, whichever rule it is: one contract for all of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Function:
 
 
 class Stage(Settings):
-    """Base of what stands around a rule, and of custom stages.
+    """Base of the steps around a rule, built-in and custom.
 
     A stage is a pure function of one tensor, the state that it keeps for each tensor,
     and its hyperparameters, all declared in the class. It runs inside the compiled

@@ -174,7 +174,7 @@ class Engine:
         """A step in which no rule has anything to do; returns true."""
         iterations = self.optimizer._iterations
         before = ops.convert_to_tensor(iterations.value)
-        for tensors in self.state if self.plan.moves_all else ():
+        for tensors in self.state:
             if tensors is not None and EMA in tensors:
                 # It starts here if the weight had no value before.
                 average = tensors[EMA]["average"]

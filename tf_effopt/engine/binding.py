@@ -31,6 +31,7 @@ from tf_effopt.rules import Evaluation, ModelRule, Part, each_slot
 STEP_ARGUMENTS = ("t", "counts", "learning_rate", "w", "noise", "input_axes")
 # What a function may ask for besides, by where it runs.
 FURTHER = {"update": ("g",), "write": ("g", "delta", "rounded")}
+# Numbers of Keras's arguments, which no rule has to name.
 STAGE_ARGUMENTS = (
     *CLIP_ARGUMENTS,
     "weight_decay",
@@ -45,8 +46,7 @@ def make_plan(
 ) -> tuple[Plan, list[TrainedVariable | None]]:
     """Reads what is fixed off an optimizer and its variables."""
     numbers: dict[tuple[int, str], Any] = {}
-    model = optimizer.model_rule
-    binder = Binder(optimizer, OPTIMIZER, numbers, model)
+    binder = Binder(optimizer, OPTIMIZER, numbers, optimizer.model_rule)
     used = {}
     for name in STAGE_ARGUMENTS:
         kind, value = getattr(type(optimizer), name), getattr(optimizer, name)
@@ -222,11 +222,11 @@ class Binder:
     """Finds, for the functions of one owner, where their arguments come from.
 
     Args:
-        owner: an optimizer or a transform.
+        owner: an optimizer or a stage.
         number: of this owner.
         numbers: of the plan; those that the functions use are added.
         model: the owner's `ModelRule`, or None.
-        look: what else provides arguments: see `Transform.look`.
+        look: what else provides arguments: see `Stage.look`.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from typing import Any
 
 from keras import ops
 
-from tf_effopt.engine.inputs import Inputs, kept, own_arguments
+from tf_effopt.engine.inputs import Inputs, kept, own_arguments, run_stage
 from tf_effopt.engine.plan import (
     ACCUMULATION,
     EVALUATING,
@@ -109,8 +109,7 @@ def accumulators(
     for i, (tensors, g) in enumerate(zip(inputs.state, gradients, strict=True)):
         before = tensors[ACCUMULATION]["sum"]
         grown = before if g is None else before + g
-        if inputs.is_present(i) is not None:
-            grown = ops.where(inputs.is_present(i), grown, before)
+        grown = inputs.if_present(i, grown, before)
         # Not a product: the sum of finite gradients may be infinite.
         grown = ops.where(mark > 0, grown, ops.zeros_like(grown))
         after.append({ACCUMULATION: {"sum": ops.where(finite, grown, before)}})
@@ -189,10 +188,9 @@ class Transformed:
         changed = list(self.gradients)
         acted = self._acted_on(stage)
         for (i, v, tensors, g), looked in zip(acted, self._look(stage), strict=True):
-            arguments = self.arguments.for_stage(v, stage.owner) | looked
-            arguments |= own_arguments(v, tensors, stage.function, self.arguments)
-            slots = self.inputs.slots(v, tensors, stage.key)
-            changed[i], self.slots[i][stage.key] = stage(g, slots, arguments=arguments)
+            changed[i], self.slots[i][stage.key] = run_stage(
+                self.inputs, stage, v, g, tensors, self.arguments, **looked
+            )
         self.gradients = changed
 
     def kept_slots(self, inputs: Inputs) -> list[dict[str, dict]]:

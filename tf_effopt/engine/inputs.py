@@ -15,6 +15,7 @@ from tf_effopt.engine.plan import (
     RULE,
     Arguments,
     Bound,
+    BoundStage,
     Plan,
     Scalars,
     TrainedVariable,
@@ -37,7 +38,7 @@ class Inputs:
         matrix_steps: what `matrices.matrix_steps` returns, if it is known; None
             where it is to be computed.
         proceeds: boolean, whether the step is taken, if the update is to ask; None
-            where it is in a branch of its own.
+            where the whole update is in one branch.
         stacks_matrices: whether large matrices of one shape are multiplied as
             a stack. Otherwise, and that is faster on a CPU, each is alone.
     """
@@ -143,6 +144,32 @@ def kept(slots: dict, variables: dict, bits: Any = None) -> dict[str, Any]:
         )
         for letter, x in variables.items()
     }
+
+
+def run_stage(
+    inputs: Inputs,
+    stage: BoundStage,
+    v: TrainedVariable,
+    x: Any,
+    tensors: dict,
+    arguments: Arguments,
+    before: dict | None = None,
+    **further: Any,
+) -> tuple[Any, dict]:
+    """What a stage makes of one tensor, and its next slots.
+
+    Args:
+        inputs, arguments: of the step.
+        stage, v: what runs, and on which variable.
+        x: the tensor that it changes.
+        tensors: the variable's state, in which the weight is the function's `w`.
+        before: the state whose slots it gets, if that is another one.
+        **further: arguments besides those of each stage.
+    """
+    given = arguments.for_stage(v, stage.owner)
+    given |= own_arguments(v, tensors, stage.function, arguments) | further
+    slots = inputs.slots(v, tensors if before is None else before, stage.key)
+    return stage(x, slots, arguments=given)
 
 
 def own_arguments(

@@ -82,15 +82,15 @@ class BoundStage:
     elementwise: bool = False
 
     def __call__(
-        self, x: Any, slots: dict, *, g: Any = None, arguments: dict[str, Any]
+        self, x: Any, slots: dict, *, arguments: dict[str, Any]
     ) -> tuple[Any, dict]:
-        """What becomes of `x`, and the next slots; `g` is what the rule saw."""
+        """What becomes of `x`, and the next slots."""
         if self.function is None:
             return x, slots
         if self.form == "before":
             return self.function(x, arguments=arguments), slots
         if self.form == "after":
-            return self.function(x, g, arguments=arguments), slots
+            return self.function(x, arguments["g"], arguments=arguments), slots
         return self.function(x, slots, arguments=arguments)
 
 
@@ -217,7 +217,7 @@ class Plan:
     @property
     def moves_all(self) -> bool:
         """Whether a step moves something of variables without a gradient, too."""
-        averages = any(True for _ in self.at("average"))
+        averages = any(stage.where == "average" for stage in self.stages)
         return averages or self.accumulation_steps > 1 or self.evaluation is not None
 
     def at(self, where: str) -> Iterator[BoundStage]:

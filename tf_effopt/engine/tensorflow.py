@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +18,8 @@ import tensorflow as tf
 
 from tf_effopt.engine import is_sparse, private_names, reduction, stages, xla
 from tf_effopt.engine.base import Engine
-from tf_effopt.engine.plan import OPTIMIZER, Scalars, TrainedVariable
+from tf_effopt.engine.missing_gradients import MissingGradients
+from tf_effopt.engine.plan import OPTIMIZER, Scalars
 from tf_effopt.engine.programs import Program, assign, shared_update
 from tf_effopt.engine.watching import watchers
 from tf_effopt.paths import path_of
@@ -40,7 +40,6 @@ class TensorFlowEngine(Engine):
         super().__init__(optimizer)
         self.strategy = tf.distribute.get_strategy()
         self._programs: dict[tuple, list[Program]] = {}
-        self._stand_ins: dict[tuple, tf.Tensor] = {}
         self._usual_sets: dict[tuple, tuple] = {}  # the first set of each place
         self._pairs: tf.Variable | None = None
         self._skipped: tf.Variable | None = None
@@ -87,6 +86,7 @@ class TensorFlowEngine(Engine):
         model_state: dict[int, dict[str, Any]],
     ) -> None:
         super().build(state, parts, model_state)
+        self._missing_gradients = MissingGradients(self.variables)
         is_for_tpu = _compiles_steps(self.strategy)
         self.plan = dataclasses.replace(self.plan, is_for_tpu=is_for_tpu)
         only_first = tf.VariableAggregation.ONLY_FIRST_REPLICA
@@ -286,14 +286,14 @@ class TensorFlowEngine(Engine):
     ) -> tuple[list[Program], list[Any], Any]:
         """The programs of this replica for gradients of these variables.
 
-        The first set of variables has programs of its own. All other sets, such as those
+        The first set of variables gets dedicated programs. All other sets, such as those
         of stochastic depth, share programs that are told which gradients there are.
 
         Returns:
             The programs; the gradients that they take; a boolean for each variable,
             whether it has a gradient, or None for programs of this set.
         """
-        here = _local(self.state[indices[0]]["weight"]).device
+        here = self._device_of(indices[0])
         kinds = tuple(is_sparse(g) for g in gradients)
         # What is watched runs as other operations than what isn't.
         place = here, watchers()
@@ -311,36 +311,25 @@ class TensorFlowEngine(Engine):
         if any_set not in self._programs:
             self._programs[any_set] = self._make_programs(trained)
         given = dict(zip(indices, gradients, strict=True))
-        filled = [self._filled(given.get(i), self.variables[i]) for i in trained]
+        filled = [
+            self._missing_gradients.filled(
+                given.get(i), self.variables[i], self._device_of(i)
+            )
+            for i in trained
+        ]
         present = np.zeros(len(self.state), bool)
         present[indices] = True
         return self._programs[any_set], filled, tf.constant(present)
 
-    def _filled(self, gradient: Any, v: TrainedVariable) -> tf.Tensor:
-        """A gradient, or what is passed in the place of one that isn't there."""
-        if gradient is not None:
-            return tf.cast(gradient, v.compute_dtype)
-        key = v.shape, v.compute_dtype, _local(self.state[v.index]["weight"]).device
-        if key not in self._stand_ins:
-            self._stand_ins[key] = self._stand_in(*key)
-        return self._stand_ins[key]
-
-    def _stand_in(self, shape: tuple[int, ...], dtype: str, device: str) -> tf.Tensor:
-        """A tensor of zeros, whose memory is that of the largest one."""
-        sizes = [
-            math.prod(v.shape) for v in self.variables if v and v.compute_dtype == dtype
-        ]
-        with tf.init_scope(), tf.device(device):
-            key = dtype, device
-            if key not in self._stand_ins:
-                self._stand_ins[key] = tf.zeros(max(sizes), dtype)
-            return tf.reshape(self._stand_ins[key][: math.prod(shape)], shape)
+    def _device_of(self, index: int) -> str:
+        """Where a variable is, on this replica."""
+        return _local(self.state[index]["weight"]).device
 
     def _make_programs(self, indices: list[int]) -> list[Program]:
         positions = {index: position for position, index in enumerate(indices)}
         devices: dict[str, list[int]] = {}
         for i in self.involved(indices):
-            devices.setdefault(_local(self.state[i]["weight"]).device, []).append(i)
+            devices.setdefault(self._device_of(i), []).append(i)
         is_inlined = _compiles_steps(self.strategy)
         programs = []
         for device, members in devices.items():

@@ -8,7 +8,7 @@ from typing import Any
 from keras import ops
 
 from tf_effopt import precision, random
-from tf_effopt.engine.inputs import Inputs, kept, own_arguments
+from tf_effopt.engine.inputs import Inputs, kept, run_stage
 from tf_effopt.engine.matrices import matrix_steps
 from tf_effopt.engine.plan import (
     COMPENSATION,
@@ -182,14 +182,12 @@ def _apply_rule(
 
     def staged(x: Any, where: str, **further: Any) -> Any:
         for stage in plan.at(where):
-            if stage.key not in v.stages:
-                continue
-            given = arguments.for_stage(v, stage.owner) | further | {"g": g}
-            given |= own_arguments(v, tensors, stage.function, arguments)
-            own = inputs.slots(v, tensors, stage.key)
-            x, own = stage(x, own, g=g, arguments=given)
-            if own:
-                after[stage.key] = kept(own, tensors[stage.key])
+            if stage.key in v.stages:
+                x, own = run_stage(
+                    inputs, stage, v, x, tensors, arguments, g=g, **further
+                )
+                if own:
+                    after[stage.key] = kept(own, tensors[stage.key])
         return x
 
     delta = staged(delta, "update")
@@ -257,12 +255,10 @@ def _average(
         before, after: its state, before and after the update.
     """
     plan, t = inputs.plan, inputs.t
-    given = arguments.for_stage(v, stage.owner)
-    given |= own_arguments(v, after, stage.function, arguments) | {"t": t}
     w = ops.cast(after["weight"], v.compute_dtype)
     if COMPENSATION in after:
         w = w + ops.cast(after[COMPENSATION]["lost"], v.compute_dtype)
-    new, slots = stage(w, inputs.slots(v, before, stage.key), arguments=given)
+    new, slots = run_stage(inputs, stage, v, w, after, arguments, before, t=t)
     # An average moves too slowly for rounding to nearest, compensated or not.
     bits = None if plan.rounding == "nearest" else _bits(v, t, None, salt=1)
     own = {stage.key: kept(slots, before[stage.key], bits)} if slots else {}
