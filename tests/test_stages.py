@@ -92,6 +92,23 @@ def test_a_name_that_nothing_provides_is_an_error_at_build(place):
         optimizer.build([keras.Variable([1.0])])
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, slots: x,
+        lambda x, slots: (x, {}),
+        lambda x, slots: (x, {"other": x}),
+        lambda x, slots: (x, x),
+    ],
+)
+@pytest.mark.parametrize("place", ["gradient", "average"])
+def test_a_function_that_returns_something_else_is_an_error(place, function):
+    argument = "transforms" if place == "gradient" else "averaging"
+    optimizer = SGD(1.0, **{argument: [stage_at(place, function)]})
+    with pytest.raises(TypeError, match=r"must return `\(x, slots\)`.*\['mean'\]"):
+        steps(optimizer, [1.0])
+
+
 def test_a_place_that_is_not_there_is_refused():
     with pytest.raises(TypeError, match="`where` of Mine must be one of 'gradient'"):
         type("Mine", (Stage,), {"where": "gradients"})

@@ -104,7 +104,11 @@ def constructor(cls: type) -> Callable[..., None]:
         try:
             bound = signature.bind(self, *args, **given)
         except TypeError as error:
-            raise TypeError(f"{cls.__name__}{signature}: {error}") from None
+            by_place = [x.name for x in known.values() if x.kind is not x.KEYWORD_ONLY]
+            raise TypeError(
+                f"{cls.__name__}(): {error}. By position it takes: "
+                f"{', '.join(by_place[1:]) or 'nothing'}; all else by name."
+            ) from None
         bound.apply_defaults()
         values = dict(bound.arguments) | further
         del values["self"]

@@ -91,7 +91,19 @@ class BoundStage:
             return self.function(x, arguments=arguments), slots
         if self.form == "after":
             return self.function(x, arguments["g"], arguments=arguments), slots
-        return self.function(x, slots, arguments=arguments)
+        result = self.function(x, slots, arguments=arguments)
+        is_pair = isinstance(result, tuple) and len(result) == 2
+        if (
+            not is_pair
+            or not isinstance(result[1], dict)
+            or set(result[1]) != set(slots)
+        ):
+            raise TypeError(
+                f"`{self.function.function.__name__}`, the function of a stage, must "
+                f"return `(x, slots)`, where `slots` is a dict with the keys "
+                f"{list(slots)}. Received: {result!r}"
+            )
+        return result
 
 
 @dataclasses.dataclass(frozen=True)
