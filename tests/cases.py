@@ -193,7 +193,7 @@ def programs_of(optimizer: tf_effopt.Optimizer) -> list[Any]:
 def traces(optimizer: tf_effopt.Optimizer) -> list[int]:
     """How often each of them was traced, for all optimizers that share it."""
     programs = programs_of(optimizer)
-    return [p.update.run.experimental_get_tracing_count() for p in programs]
+    return [p.update.run.traces for p in programs]
 
 
 def by_name(case: Case) -> str:

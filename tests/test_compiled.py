@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
 import re
@@ -14,6 +15,7 @@ import pytest
 import tensorflow as tf
 from cases import CASES, KINDS, by_name, programs_of, traces
 
+from tf_effopt.engine.flat_function import flattened
 from tf_effopt.engine.programs import plain
 
 pytestmark = pytest.mark.fresh_programs
@@ -45,10 +47,14 @@ def built(case, shapes=SHAPES, **options):
     return optimizer, gradients
 
 
-def arguments(optimizer, gradients):
+def hlo(optimizer, gradients) -> str:
+    """Its compiled update, as XLA is given it."""
     (program,) = programs_of(optimizer)
-    scalars = plain(optimizer._engine.scalars())
-    return program.handles, list(gradients), scalars, None, None
+    arguments = list(gradients), plain(optimizer._engine.scalars()), None, None
+    state = program.flat_state
+    function = program.update.run.of_flat_tensors(len(state), arguments)
+    tensors, _ = flattened(arguments)
+    return function.experimental_get_compiler_ir(*state, *tensors)(stage="hlo")
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
@@ -95,11 +101,7 @@ def test_numbers_of_each_variable_are_made_together(case):
 def test_the_program_has_no_float64(case):
     optimizer, gradients = built(case, **OPTIONS["all"])
     tf.function(lambda: optimizer.apply(gradients)).get_concrete_function()
-    (program,) = programs_of(optimizer)
-    ir = program.update.run.experimental_get_compiler_ir(
-        *arguments(optimizer, gradients)
-    )
-    text = ir(stage="hlo")
+    text = hlo(optimizer, gradients)
     assert "f32[64,32]" in text
     assert "f64[" not in text
 
@@ -140,11 +142,7 @@ def test_float64_weights_are_the_only_reason_for_float64():
     weights = keras.Variable(np.ones(3), dtype="float64")
     gradient = [tf.ones(3, "float64")]
     optimizer.apply(gradient, [weights])
-    (program,) = programs_of(optimizer)
-    ir = program.update.run.experimental_get_compiler_ir(
-        *arguments(optimizer, gradient)
-    )
-    assert "f64[3]" in ir(stage="hlo")
+    assert "f64[3]" in hlo(optimizer, gradient)
 
 
 @pytest.mark.representatives(*KINDS)
@@ -156,6 +154,20 @@ def test_further_steps_trace_nothing(case):
         optimizer.clipnorm = rate
         optimizer.apply(gradients)
     assert traces(optimizer) == [1]
+
+
+def test_an_eager_step_calls_the_compiled_update_itself():
+    """Not a function around it, which would be traced as well."""
+    gc.collect()
+    before = graphs_of_functions()
+    optimizer, gradients = built(CASES[0])
+    optimizer.apply(gradients)
+    new = [x.name for x in graphs_of_functions() if x not in before]
+    assert [name for name in new if not name.startswith("cond_")] == ["_run"]
+
+
+def graphs_of_functions() -> list:
+    return [x for x in gc.get_objects() if isinstance(x, tf.__internal__.FuncGraph)]
 
 
 def test_autograph_rewrites_nothing_of_the_update(monkeypatch):

@@ -167,10 +167,7 @@ def test_many_sets_make_two_programs(way, count):
             optimizer.apply(gradients, weights)
 
         step()
-        traces = {
-            id(p.update): p.update.run.experimental_get_tracing_count()
-            for p in programs_of(optimizer)
-        }
+        traces = {id(p.update): p.update.run.traces for p in programs_of(optimizer)}
         compiled.append(sum(traces.values()))
     assert compiled[-1] == compiled[1] == 2
 
@@ -183,7 +180,7 @@ def test_a_set_that_comes_back_after_others_is_not_traced_again():
         optimizer.apply(given, weights)
     first, any_set = programs_of(optimizer)
     assert first.update is any_set.update  # of the same variables
-    assert first.update.run.experimental_get_tracing_count() == 2
+    assert first.update.run.traces == 2
 
 
 def test_stand_ins_share_the_memory_of_the_largest():

@@ -222,6 +222,11 @@ OF_TENSORFLOW = [
         ("_omit_frequent_tracing_warning",),
         lambda: _tensorflow().function(lambda: None),
     ),
+    Attributes(
+        "ConcreteFunction",
+        ("_call_flat",),
+        lambda: _tensorflow().function(lambda: None).get_concrete_function(),
+    ),
     Attributes("Graph", ("_variable_creator_stack",), lambda: _tensorflow().Graph()),
     Attributes("extended", ("_cross_device_ops", "_in_multi_worker_mode"), _mirrored),
     Attributes(

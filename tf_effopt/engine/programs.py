@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from tf_effopt.engine import is_sparse, stages
+from tf_effopt.engine.flat_function import FlatFunction, function_of
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.matrices import Share
 from tf_effopt.engine.plan import Arguments, Plan, Scalars, TrainedVariable
@@ -71,11 +72,11 @@ class Update:
         if self.is_inlined:
             return python_function
         options = {"jit_compile": True} if self.is_compiled else {}
-        return function_of(python_function, **options)
+        return FlatFunction(python_function, **options)
 
     def _inputs(
         self,
-        state: list[dict],
+        flat_state: list[Any],
         gradients: list[Any],
         scalars: tuple,
         totals: dict | None,
@@ -84,10 +85,7 @@ class Update:
         return Inputs(
             self.plan,
             self.variables,
-            [
-                tf.nest.map_structure(_read, handles, kinds)
-                for handles, kinds in zip(state, self.kinds, strict=True)
-            ],
+            tf.nest.map_structure(_read, self._nested(flat_state), self.kinds),
             [_rows(g) for g in gradients],
             Scalars(*scalars),
             totals,
@@ -95,34 +93,38 @@ class Update:
             stacks_matrices=self.stacks_matrices,
         )
 
+    def _nested(self, flat_state: list[Any]) -> list[dict]:
+        return tf.nest.pack_sequence_as(self.kinds, flat_state)
+
     def _run(
         self,
-        state: list[dict],
+        flat_state: list[Any],
         gradients: list[Any],
         scalars: tuple,
         totals: dict | None,
         matrix_steps: dict | None,
     ) -> tuple:
-        inputs = self._inputs(state, gradients, scalars, totals, matrix_steps)
+        inputs = self._inputs(flat_state, gradients, scalars, totals, matrix_steps)
         after, outcome = stages.step(inputs)
-        for handles, old, new in zip(state, inputs.state, after, strict=True):
-            assign(handles, old, new)
+        variables = self._nested(flat_state)
+        for own, old, new in zip(variables, inputs.state, after, strict=True):
+            assign(own, old, new)
         return outcome.finite, outcome.counted, outcome.model
 
     def _measure(
         self,
+        flat_state: list[Any],
         phase: str,
-        state: list[dict],
         gradients: list[Any],
         scalars: tuple,
         totals: dict,
     ) -> dict[str, Any]:
-        inputs = self._inputs(state, gradients, scalars, totals)
+        inputs = self._inputs(flat_state, gradients, scalars, totals)
         return stages.partial_sums(inputs, phase)
 
     def _matrix_share(
         self,
-        state: list[dict],
+        flat_state: list[Any],
         gradients: list[Any],
         scalars: tuple,
         totals: dict | None,
@@ -130,7 +132,7 @@ class Update:
     ) -> dict:
         share = Share(replica, self.replicas)
         return stages.matrix_share(
-            self._inputs(state, gradients, scalars, totals), share
+            self._inputs(flat_state, gradients, scalars, totals), share
         )
 
 
@@ -178,12 +180,11 @@ class Program:
     def __init__(self, update: Update, state: list[dict], positions: list[int | None]):
         self.update = update
         self.positions = positions
-        self.handles = state
+        self.flat_state = tf.nest.flatten(state)
         if not update.is_inlined:
-            self.handles = tf.nest.map_structure(lambda v: v.handle, state)
-        # With the variables, as passing so many arguments from Python takes long. Called
-        # by itself and in a graph, XLA would compile the update twice.
-        self.whole_function = function_of(self._run)
+            self.flat_state = [variable.handle for variable in self.flat_state]
+        self._inlined = function_of(self._run)
+        self._numbers_of_each = function_of(self._make_numbers_of_each)
 
     @property
     def device(self) -> str:
@@ -197,9 +198,7 @@ class Program:
         matrix_steps: dict | None,
     ) -> stages.Outcome:
         """Updates the variables."""
-        run = self._run
-        if self.update.is_inlined or tf.executing_eagerly():
-            run = self.whole_function
+        run = self._inlined if self.update.is_inlined else self._run
         with tf.device(self.device):
             found = run(self._own(gradients), plain(scalars), totals, matrix_steps)
         return stages.Outcome(*found)
@@ -207,7 +206,7 @@ class Program:
     def _run(self, gradients: list[Any], scalars: tuple, *others: Any) -> tuple:
         scalars = self._with_presence(Scalars(*scalars))
         scalars = self._with_numbers_of_each(scalars)
-        return self.update.run(self.handles, gradients, plain(scalars), *others)
+        return self.update.run(self.flat_state, gradients, plain(scalars), *others)
 
     # In the compiled program the numbers of each variable would be slices of vectors,
     # and XLA, which compiles the update of variables of one shape once, would compile one
@@ -226,10 +225,14 @@ class Program:
         model = self.update.plan.model
         if scalars.missed is None or model is None or not model.each_count:
             return scalars
-        arguments = Arguments(self.update.plan, scalars)
+        is_eager = tf.executing_eagerly()
+        make = self._numbers_of_each if is_eager else self._make_numbers_of_each
+        return dataclasses.replace(scalars, of_each=make(plain(scalars)))
+
+    def _make_numbers_of_each(self, scalars: tuple) -> dict[str, dict[str, list[Any]]]:
+        arguments = Arguments(self.update.plan, Scalars(*scalars))
         dtypes = sorted({v.compute_dtype for v in self.update.variables})
-        of_each = {dtype: arguments.of_each(dtype) for dtype in dtypes}
-        return dataclasses.replace(scalars, of_each=of_each)
+        return {dtype: arguments.of_each(dtype) for dtype in dtypes}
 
     def matrix_share(
         self, gradients: list[Any], scalars: Scalars, totals: dict | None
@@ -238,7 +241,7 @@ class Program:
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         with tf.device(self.device):
             return self.update.matrix_share(
-                self.handles,
+                self.flat_state,
                 self._own(gradients),
                 plain(self._with_presence(scalars)),
                 totals,
@@ -251,18 +254,10 @@ class Program:
         """This device's share of what a phase sums up."""
         own, numbers = self._own(gradients), plain(self._with_presence(scalars))
         with tf.device(self.device):
-            return self.update.measure(phase, self.handles, own, numbers, totals)
+            return self.update.measure(self.flat_state, phase, own, numbers, totals)
 
     def _own(self, gradients: list[Any]) -> list[Any]:
         return [None if p is None else gradients[p] for p in self.positions]
-
-
-def function_of(python_function: Callable, **options: Any) -> Callable:
-    """A `tf.function` without autograph, and without a warning of many traces."""
-    function = tf.function(python_function, autograph=False, **options)
-    # Every optimizer traces this code once: that isn't retracing.
-    function._omit_frequent_tracing_warning = True
-    return function
 
 
 def plain(scalars: Scalars) -> tuple:
