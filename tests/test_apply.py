@@ -548,8 +548,71 @@ def test_a_number_that_no_model_rule_returns_is_named():
         pass
 
     Custom.rule = staticmethod(rule)
-    with pytest.raises(TypeError, match="takes `correcton`, which nothing provides"):
-        Custom().apply([tf.ones(1)], [variable(1.0)])
+    with pytest.raises(TypeError, match="Did you mean `correction`"):
+        Custom().build([variable(1.0)])
+
+
+def misspelt_in(place: str) -> tf_effopt.Optimizer:
+    """An optimizer with a model rule, of which one function asks for `scal`."""
+
+    def total(g, slots, *, old):
+        return {"total": old * tf.reduce_sum(g)}
+
+    def misspelt_total(g, slots, *, ol):
+        return {"total": ol * tf.reduce_sum(g)}
+
+    def model(sums, slots, *, t):
+        return {"scale": 1.0 / (sums["total"] + t)}, slots
+
+    def rule(g, slots, *, learning_rate, scale):
+        return -learning_rate * scale * g, slots
+
+    def misspelt_rule(g, slots, *, learning_rate, scal):
+        return -learning_rate * scal * g, slots
+
+    def misspelt_upkeep(gs, slots, *, scal):
+        return slots
+
+    class Custom(tf_effopt.Optimizer):
+        model_rule = tf_effopt.rules.ModelRule(
+            model,
+            slots={"old": ("old", 1.0)},
+            measure=misspelt_total if place == "measure" else total,
+        )
+
+    Custom.rule = staticmethod(misspelt_rule if place == "rule" else rule)
+    if place == "upkeep":
+        Custom.upkeep = staticmethod(misspelt_upkeep)
+    return Custom()
+
+
+@pytest.mark.parametrize(
+    ("place", "nearest"), [("rule", "scale"), ("measure", "old"), ("upkeep", "scale")]
+)
+def test_a_misspelt_number_of_the_model_is_an_error_at_build(place, nearest):
+    with pytest.raises(TypeError, match=f"Did you mean `{nearest}`"):
+        misspelt_in(place).build([variable(1.0), variable(1.0)])
+
+
+def test_correct_names_are_none():
+    misspelt_in("nowhere").build([variable(1.0)])
+
+
+def test_a_rule_that_fails_otherwise_fails_at_its_first_step():
+    def model(sums, slots):
+        return {"scale": 1.0}, slots
+
+    def rule(g, slots, *, scale):
+        raise ZeroDivisionError("of the rule")
+
+    class Custom(tf_effopt.Optimizer):
+        model_rule = tf_effopt.rules.ModelRule(model)
+
+    Custom.rule = staticmethod(rule)
+    optimizer, w = Custom(), variable(1.0)
+    optimizer.build([w])
+    with pytest.raises(Exception, match="of the rule"):
+        optimizer.apply([tf.ones(1)], [w])
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def test_the_engine_names_no_rule():
 # Parts that are imported when they are asked for.
 DISTRIBUTE = ("fit", "hooks", "shares", "stand_ins", "strategies", "whole_batches")
 TENSORFLOW = [
+    "engine/flat_function.py",
     "engine/missing_gradients.py",
     "engine/programs.py",
     "engine/reduction.py",

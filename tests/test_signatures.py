@@ -235,3 +235,24 @@ def test_every_kind_takes_a_default():
             continue
         needs = {"Count": (2,), "Integer": (2,), "Choice": ("a",)}.get(name, ())
         assert kind(*needs, default=None).default is None
+
+
+def test_a_shared_argument_that_is_declared_again_comes_after_the_one_before_it():
+    class First(tf_effopt.GradientDescent):
+        weight_decay: float = hyperparameters.NonNegative(default=0.1)
+        beta_3: float = hyperparameters.DecayRate(default=0.5)
+
+    class Later(tf_effopt.GradientDescent):
+        beta_3: float = hyperparameters.DecayRate(default=0.5)
+        weight_decay: float = hyperparameters.NonNegative(default=0.1)
+        beta_4: float = hyperparameters.DecayRate(default=0.5)
+
+    inherited = list(inspect.signature(tf_effopt.GradientDescent).parameters)
+    shared = inherited[inherited.index("weight_decay") + 1 :]
+    own = inherited[1 : inherited.index("weight_decay")]
+    first = list(inspect.signature(First).parameters)
+    assert first == ["learning_rate", "weight_decay", *own, "beta_3", *shared]
+    later = list(inspect.signature(Later).parameters)
+    added = ["beta_3", "weight_decay", "beta_4"]
+    assert later == ["learning_rate", *own, *added, *shared]
+    assert Later(0.1, weight_decay=0.2, beta_4=0.3).weight_decay == 0.2

@@ -65,6 +65,7 @@ from tf_effopt.hyperparameters import (
     NonNegative,
     Objects,
     Positive,
+    RateOrSchedule,
     Switch,
 )
 from tf_effopt.paths import (
@@ -206,8 +207,15 @@ class Optimizer(Configurable, keras.optimizers.Optimizer):
     upkeep: ClassVar[Any] = None
     evaluation: ClassVar[Evaluation | None] = None
     elementwise = True  # whether each element's step depends on it alone
+    about_arguments = """Makes the optimizer.
 
-    learning_rate: Any = LearningRate(default=0.001)
+        Arguments that the class doesn't describe are those of `tf_effopt.Optimizer`.
+
+        Raises:
+            ValueError: an argument is out of its range or not known.
+        """
+
+    learning_rate: RateOrSchedule = LearningRate(default=0.001)
     weight_decay: FloatOrSchedule | None = NonNegative(True, default=None, kw_only=True)
     clipnorm: FloatOrSchedule | None = NonNegative(
         True, True, default=None, kw_only=True

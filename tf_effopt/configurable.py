@@ -43,9 +43,14 @@ class Configurable:
     A class that declares a hyperparameter with a default gets its `__init__` made, as
     a dataclass does: `beta: float = DecayRate(default=0.9)` is an argument `beta=0.9`.
     Arguments are in the order of the declarations, those of base classes first; one
-    that is declared again keeps its place, and gets the new default. A class may define
-    a custom `__init__` instead, which sets each attribute.
+    that is declared again keeps its place, and gets the new default. One that was
+    keyword-only in a base class and isn't any more comes after the one that is declared
+    before it. A class may define a custom `__init__` instead, which sets each attribute.
     """
+
+    about_arguments: ClassVar[str | None] = (
+        None  # the docstring of a generated `__init__`
+    )
 
     @classmethod
     def shared_arguments(cls) -> list[inspect.Parameter]:
@@ -75,9 +80,22 @@ def fields(cls: type) -> dict[str, Hyperparameter]:
     """The hyperparameters of a class by name, in the order of its constructor."""
     found: dict[str, Hyperparameter] = {}
     for base in reversed(cls.__mro__):
-        own = vars(base).items()
-        found |= {name: x for name, x in own if isinstance(x, Hyperparameter)}
+        before = None
+        for name, x in vars(base).items():
+            if not isinstance(x, Hyperparameter):
+                continue
+            moves = name in found and found[name].kw_only and not x.kw_only
+            found[name] = x
+            if moves and before is not None:
+                found = _moved(found, name, behind=before)
+            before = name
     return found
+
+
+def _moved(found: dict[str, Any], name: str, behind: str) -> dict[str, Any]:
+    names = [x for x in found if x != name]
+    names.insert(names.index(behind) + 1, name)
+    return {x: found[x] for x in names}
 
 
 def _is_complete(cls: type) -> bool:
@@ -114,6 +132,7 @@ def constructor(cls: type) -> Callable[..., None]:
         del values["self"]
         self.configure(values)
 
+    __init__.__doc__ = cls.about_arguments
     __init__.__signature__ = signature
     __init__.__qualname__ = f"{cls.__qualname__}.__init__"
     __init__.__module__ = cls.__module__

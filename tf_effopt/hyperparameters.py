@@ -18,6 +18,7 @@ import math
 import numbers
 import re
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import keras
@@ -43,6 +44,7 @@ class Schedule(Protocol):
 
 # What a number that may change while training is given as.
 FloatOrSchedule = float | Schedule
+RateOrSchedule = FloatOrSchedule | Callable[[], Any]
 
 
 class _Required:
@@ -443,11 +445,23 @@ class Choice(Hyperparameter):
 
 
 class Patterns(Hyperparameter):
-    """A list of regular expressions, fixed once the optimizer is built."""
+    """A list of regular expressions, fixed once the optimizer is built.
 
-    expected = "a list of regular expressions"
+    Args:
+        optional: whether `None` is allowed, for none.
+    """
+
+    def __init__(self, optional: bool = False, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.optional = optional
+
+    @property
+    def expected(self) -> str:
+        return "a list of regular expressions" + (" or None" if self.optional else "")
 
     def check(self, value: Any) -> list[str]:
+        if value is None and self.optional:
+            return []
         if isinstance(value, str) or not isinstance(value, list | tuple):
             raise self.error(value)
         for pattern in value:

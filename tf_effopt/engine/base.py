@@ -13,6 +13,7 @@ from keras.optimizers.schedules import LearningRateSchedule
 from tf_effopt.engine import counts
 from tf_effopt.engine.binding import make_plan
 from tf_effopt.engine.inputs import Inputs
+from tf_effopt.engine.names import check_names
 from tf_effopt.engine.plan import (
     COMPENSATION,
     EMA,
@@ -84,6 +85,7 @@ class Engine:
         self.model_state = model_state
         self.owners = self.optimizer.owners()
         self.plan, self.variables = make_plan(self.optimizer, state, parts)
+        check_names(self.plan, self.variables, state, model_state)
         self.counts_each = counts.uses_counts(self.plan, self.variables)
         for owner in self.owners[1:]:
             owner.attach(self)

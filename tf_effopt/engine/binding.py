@@ -8,6 +8,7 @@ from typing import Any
 
 from tf_effopt import precision
 from tf_effopt.averaging import ema
+from tf_effopt.configurable import fields
 from tf_effopt.engine.plan import (
     CLIP_ARGUMENTS,
     COMPENSATION,
@@ -20,6 +21,7 @@ from tf_effopt.engine.plan import (
     BoundStage,
     Plan,
     TrainedVariable,
+    UnknownArgument,
 )
 from tf_effopt.groups import decay_of, multipliers_of
 from tf_effopt.hyperparameters import Number
@@ -252,12 +254,13 @@ class Binder:
             settings: fixed arguments of this use of it.
             further: names that a step provides where it is used.
         """
-        names, fixed = [], dict(settings)
+        names, fixed, of_model = [], dict(settings), []
+        provided = (*STEP_ARGUMENTS, *further, "weight_decay")
         for name in keyword_arguments(function):
             if name in fixed:
                 continue
             kind = getattr(type(self.owner), name, None)
-            if name in (*STEP_ARGUMENTS, *further, "weight_decay"):
+            if name in provided:
                 names.append(name)
             elif kind is not None and hasattr(kind, "structure"):
                 value = getattr(self.owner, name)
@@ -270,17 +273,17 @@ class Binder:
                     names.append(name)
             elif self.has_model:
                 names.append(name)
+                of_model.append(name)
             else:
-                raise TypeError(
-                    f"`{function.__name__}` takes `{name}`, which nothing provides: "
-                    f"it is none of {', '.join(STEP_ARGUMENTS)}, and "
-                    f"{type(self.owner).__name__} has no such hyperparameter."
-                )
+                shared = {x.name for x in self.owner.shared_arguments()}
+                own = set(fields(type(self.owner))) - shared
+                raise UnknownArgument(function, name, {*provided, *own})
         extra = set(fixed) - set(keyword_arguments(function))
         return Bound(
             function,
             tuple(names),
             {name: value for name, value in fixed.items() if name not in extra},
+            tuple(of_model),
         )
 
     def bind_model(self, model: ModelRule | None) -> BoundModelRule | None:

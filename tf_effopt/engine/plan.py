@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from keras import ops
 
 from tf_effopt import precision
+from tf_effopt.arguments import did_you_mean
 from tf_effopt.engine.counts import Counts, follows_variables, numbers_of_each
 from tf_effopt.hyperparameters import Decay
 from tf_effopt.rules import Matrices
@@ -23,6 +24,17 @@ COMPENSATION = "compensation"
 EMA = "ema"
 
 
+class UnknownArgument(TypeError):
+    """A function asks for an argument by a name that nothing provides."""
+
+    def __init__(self, function: Callable, name: str, known: Iterable[str]):
+        known = sorted(known)
+        super().__init__(
+            f"`{function.__name__}` takes `{name}`, which nothing provides."
+            f"{did_you_mean(name, known, '`')} It may take: {', '.join(known)}."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Bound:
     """A pure function, and where its keyword-only arguments come from.
@@ -30,21 +42,20 @@ class Bound:
     Attributes:
         names: those that a step provides, by name.
         fixed: the others, with their values.
+        of_model: those of `names` that only a `model_rule` or `look` can provide.
     """
 
     function: Callable
     names: tuple[str, ...]
     fixed: dict[str, Any]
+    of_model: tuple[str, ...] = ()
 
     def __call__(self, *tensors: Any, arguments: dict[str, Any]) -> Any:
         try:
             given = {name: arguments[name] for name in self.names}
         except KeyError as error:
-            raise TypeError(
-                f"`{self.function.__name__}` takes `{error.args[0]}`, which nothing "
-                "provides: it is no hyperparameter, and no number that `model_rule` "
-                "returns."
-            ) from None
+            name, known = error.args[0], {*arguments, *self.fixed}
+            raise UnknownArgument(self.function, name, known) from None
         return self.function(*tensors, **given, **self.fixed)
 
 

@@ -186,12 +186,7 @@ def _step(inputs: Inputs) -> tuple[list[dict], Outcome]:
 
     def update(inputs: Inputs) -> tuple[list[dict], Arguments, tuple[dict, Any]]:
         work = decided or prepared.transformed()
-        arguments, model = prepared.arguments(work)
-        after = updated(inputs, before, work.gradients, arguments)
-        slots = work.kept_slots(inputs)
-        after = [new | own for new, own in zip(after, slots, strict=True)]
-        if plan.upkeep is not None:
-            after = upkept(inputs, after, work.gradients, arguments)
+        after, arguments, model = _update(inputs, prepared, work, before)
         return after, arguments, (model, mark * 0.0)
 
     def whole_update() -> tuple[list[dict], dict, Any]:
@@ -217,6 +212,27 @@ def _step(inputs: Inputs) -> tuple[list[dict], Outcome]:
         sums = accumulators(inputs, gradients, mark, finite)
         after = [new | own for new, own in zip(after, sums, strict=True)]
     return after, Outcome(finite, counted, model)
+
+
+def _update(
+    inputs: Inputs, prepared: Prepared, work: Transformed, before: list[dict]
+) -> tuple[list[dict], Arguments, dict]:
+    """Stages 7 to 11: the next state, the model's next slots."""
+    arguments, model = prepared.arguments(work)
+    after = updated(inputs, before, work.gradients, arguments)
+    slots = work.kept_slots(inputs)
+    after = [new | own for new, own in zip(after, slots, strict=True)]
+    if inputs.plan.upkeep is not None:
+        after = upkept(inputs, after, work.gradients, arguments)
+    return after, arguments, model
+
+
+def run_without_branch(inputs: Inputs) -> list[dict]:
+    """The next state, of a step that is taken: errors come as they are raised."""
+    prepared = Prepared(inputs)
+    work = prepared.transformed()
+    after, arguments, _ = _update(inputs, prepared, work, inputs.state)
+    return averaged(inputs, after, arguments)
 
 
 def _where(condition: Any, one: Any, other: Any) -> Any:

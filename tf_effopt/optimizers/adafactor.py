@@ -4,13 +4,11 @@ Sublinear Memory Cost", 2018.
 https://arxiv.org/abs/1804.04235
 """
 
-from __future__ import annotations
-
 import keras
 from keras import ops
 
+from tf_effopt import hyperparameters as hp
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import FloatOrSchedule, Negative, Positive, Switch
 from tf_effopt.linalg import root_mean_square
 from tf_effopt.rules import ModelRule, Part, Slot, Slots
 
@@ -142,10 +140,6 @@ class Adafactor(Optimizer):
         relative_step: bool, whether a learning rate that is a number is lowered
             to `1 / sqrt(t)` where that is less. A schedule is taken as it is, if
             it is there when the optimizer is built.
-        **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`.
-
-    Raises:
-        ValueError: an argument is out of its range.
 
     Example:
 
@@ -159,11 +153,11 @@ class Adafactor(Optimizer):
 
     model_rule = ModelRule(adafactor_schedule, each_count=True)
     elementwise = False
-    beta_2_decay: FloatOrSchedule = Negative(default=-0.8)
-    epsilon_1: FloatOrSchedule = Positive(default=1e-30)
-    epsilon_2: FloatOrSchedule = Positive(default=1e-3)
-    clip_threshold: FloatOrSchedule = Positive(default=1.0)
-    relative_step: bool = Switch(default=True)
+    beta_2_decay: hp.FloatOrSchedule = hp.Negative(default=-0.8)
+    epsilon_1: hp.FloatOrSchedule = hp.Positive(default=1e-30)
+    epsilon_2: hp.FloatOrSchedule = hp.Positive(default=1e-3)
+    clip_threshold: hp.FloatOrSchedule = hp.Positive(default=1.0)
+    relative_step: bool = hp.Switch(default=True)
 
     def part(self, path, shape):
         is_number = isinstance(self._learning_rate, keras.Variable)

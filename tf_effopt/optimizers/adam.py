@@ -3,12 +3,10 @@
 https://arxiv.org/abs/1412.6980
 """
 
-from __future__ import annotations
-
 from keras import ops
 
+from tf_effopt import hyperparameters as hp
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import DecayRate, FloatOrSchedule, Positive, Switch
 from tf_effopt.rules import ModelRule, Slots
 
 
@@ -84,10 +82,6 @@ class Adam(Optimizer):
             moments that start at 0: its first steps are about
             `(1 - beta_1) / sqrt(1 - beta_2)` as long, 3.16 times with the
             defaults.
-        **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`.
-
-    Raises:
-        ValueError: an argument is out of its range.
 
     Example:
 
@@ -101,11 +95,11 @@ class Adam(Optimizer):
 
     rule = staticmethod(adam_rule)
     model_rule = ModelRule(adam_correction, each_count=True)
-    beta_1: FloatOrSchedule = DecayRate(default=0.9)
-    beta_2: FloatOrSchedule = DecayRate(default=0.999)
-    epsilon: FloatOrSchedule = Positive(default=1e-7)
-    amsgrad: bool = Switch(default=False)
-    bias_correction: bool = Switch(default=True, kw_only=True)
+    beta_1: hp.FloatOrSchedule = hp.DecayRate(default=0.9)
+    beta_2: hp.FloatOrSchedule = hp.DecayRate(default=0.999)
+    epsilon: hp.FloatOrSchedule = hp.Positive(default=1e-7)
+    amsgrad: bool = hp.Switch(default=False)
+    bias_correction: bool = hp.Switch(default=True, kw_only=True)
 
     @property
     def slots(self):

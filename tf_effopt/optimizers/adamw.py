@@ -3,9 +3,7 @@
 https://arxiv.org/abs/1711.05101
 """
 
-from __future__ import annotations
-
-from tf_effopt.hyperparameters import FloatOrSchedule, NonNegative
+from tf_effopt import hyperparameters as hp
 from tf_effopt.optimizers.adam import Adam
 
 
@@ -30,10 +28,6 @@ class AdamW(Adam):
             update at learning rate 1 takes away. Keras's default is 0.004;
             Transformers are usually trained with 0.01 to 0.1.
         beta_1, beta_2, epsilon, amsgrad, bias_correction: see `Adam`.
-        **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`.
-
-    Raises:
-        ValueError: an argument is out of its range.
 
     Example:
 
@@ -45,4 +39,4 @@ class AdamW(Adam):
     0.95
     """
 
-    weight_decay: FloatOrSchedule = NonNegative(default=0.004)
+    weight_decay: hp.FloatOrSchedule = hp.NonNegative(default=0.004)

@@ -1,12 +1,8 @@
 """Gradient descent, the rule of Cauchy, "Méthode générale pour la résolution
 des systèmes d'équations simultanées", 1847."""
 
-from __future__ import annotations
-
-from typing import Any
-
+from tf_effopt import hyperparameters as hp
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import LearningRate
 
 
 def gradient_descent_rule(g, slots, *, learning_rate):
@@ -31,7 +27,6 @@ class GradientDescent(Optimizer):
         learning_rate: float of at least 0, schedule or callable; the step per
             unit of the gradient. Above `2 / L`, with `L` the largest
             curvature of the loss, it diverges.
-        **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`.
 
     Raises:
         ValueError: `learning_rate` or a shared argument is out of its range.
@@ -47,4 +42,4 @@ class GradientDescent(Optimizer):
     """
 
     rule = staticmethod(gradient_descent_rule)
-    learning_rate: Any = LearningRate(default=0.01)
+    learning_rate: hp.RateOrSchedule = hp.LearningRate(default=0.01)

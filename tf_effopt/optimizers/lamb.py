@@ -4,12 +4,10 @@ BERT in 76 minutes", 2020.
 https://arxiv.org/abs/1904.00962
 """
 
-from __future__ import annotations
-
 from keras import ops
 
+from tf_effopt import hyperparameters as hp
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import DecayRate, FloatOrSchedule, Patterns, Positive
 from tf_effopt.linalg import trust_ratio
 from tf_effopt.paths import matches
 from tf_effopt.rules import ModelRule, Part, Slots
@@ -98,9 +96,6 @@ class Lamb(Optimizer):
         **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`. Here
             `weight_decay` is part of the rule.
 
-    Raises:
-        ValueError: an argument is out of its range.
-
     Example:
 
     >>> import keras, tf_effopt
@@ -116,10 +111,10 @@ class Lamb(Optimizer):
     model_rule = ModelRule(biases, each_count=True)
     adapted = Part(lamb_rule, slots, settings={"adapts": True}, name="lamb")
     excluded = Part(lamb_rule, slots, settings={"adapts": False}, name="adam")
-    beta_1: FloatOrSchedule = DecayRate(default=0.9)
-    beta_2: FloatOrSchedule = DecayRate(default=0.999)
-    epsilon: FloatOrSchedule = Positive(default=1e-7)
-    exclude_from_adaptation: list = Patterns(default=())
+    beta_1: hp.FloatOrSchedule = hp.DecayRate(default=0.9)
+    beta_2: hp.FloatOrSchedule = hp.DecayRate(default=0.999)
+    epsilon: hp.FloatOrSchedule = hp.Positive(default=1e-7)
+    exclude_from_adaptation: list = hp.Patterns(default=())
 
     def part(self, path, shape):
         excluded = matches(self.exclude_from_adaptation, path)

@@ -3,19 +3,8 @@
 https://arxiv.org/abs/1708.03888
 """
 
-from __future__ import annotations
-
-from typing import Any
-
+from tf_effopt import hyperparameters as hp
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import (
-    FloatOrSchedule,
-    Fraction,
-    LearningRate,
-    Patterns,
-    Positive,
-    Switch,
-)
 from tf_effopt.linalg import trust_ratio
 from tf_effopt.paths import matches
 from tf_effopt.rules import Part, Slots
@@ -87,9 +76,6 @@ class Lars(Optimizer):
         **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`. Here
             `weight_decay` is part of the rule.
 
-    Raises:
-        ValueError: an argument is out of its range.
-
     Example:
 
     >>> import keras, tf_effopt
@@ -104,11 +90,11 @@ class Lars(Optimizer):
     elementwise = False
     adapted = Part(lars_rule, slots, settings={"adapts": True}, name="lars")
     excluded = Part(lars_rule, slots, settings={"adapts": False}, name="sgd")
-    learning_rate: Any = LearningRate(default=0.1)
-    momentum: FloatOrSchedule = Fraction(default=0.9)
-    trust_coefficient: FloatOrSchedule = Positive(default=0.001)
-    nesterov: bool = Switch(default=False)
-    exclude_from_adaptation: list = Patterns(default=())
+    learning_rate: hp.RateOrSchedule = hp.LearningRate(default=0.1)
+    momentum: hp.FloatOrSchedule = hp.Fraction(default=0.9)
+    trust_coefficient: hp.FloatOrSchedule = hp.Positive(default=0.001)
+    nesterov: bool = hp.Switch(default=False)
+    exclude_from_adaptation: list = hp.Patterns(default=())
 
     def part(self, path, shape):
         excluded = matches(self.exclude_from_adaptation, path)

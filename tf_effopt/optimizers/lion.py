@@ -3,12 +3,10 @@
 https://arxiv.org/abs/2302.06675
 """
 
-from __future__ import annotations
-
 from keras import ops
 
+from tf_effopt import hyperparameters as hp
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import DecayRate, FloatOrSchedule
 from tf_effopt.rules import Slots
 
 
@@ -53,10 +51,6 @@ class Lion(Optimizer):
             weight moves in one update.
         beta_1: float in [0, 1), share of the moment in the direction.
         beta_2: float in [0, 1), share of the moment kept per update.
-        **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`.
-
-    Raises:
-        ValueError: an argument is out of its range.
 
     Example:
 
@@ -70,5 +64,5 @@ class Lion(Optimizer):
 
     rule = staticmethod(lion_rule)
     slots = Slots(m="momentum")
-    beta_1: FloatOrSchedule = DecayRate(default=0.9)
-    beta_2: FloatOrSchedule = DecayRate(default=0.99)
+    beta_1: hp.FloatOrSchedule = hp.DecayRate(default=0.9)
+    beta_2: hp.FloatOrSchedule = hp.DecayRate(default=0.99)

@@ -4,24 +4,12 @@ networks", 2024.
 https://kellerjordan.github.io/posts/muon
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import warnings
 
+from tf_effopt import hyperparameters as hp
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import (
-    Choice,
-    DecayRate,
-    Hyperparameter,
-    Integer,
-    NonNegative,
-    Patterns,
-    Positive,
-    Real,
-    Switch,
-)
 from tf_effopt.layer_roles import EMBEDDING, HIDDEN, Roles, role_by_path
 from tf_effopt.linalg import orthogonalized
 from tf_effopt.optimizers.adam import adam_correction, adam_rule
@@ -118,7 +106,7 @@ def inner_adam_rule(
     )
 
 
-class KnownRoles(Hyperparameter):
+class KnownRoles(hp.Hyperparameter):
     """`Roles`, or None, fixed once the optimizer is built."""
 
     expected = "what `tf_effopt.roles(model)` returned, or None"
@@ -186,7 +174,6 @@ class Muon(Optimizer):
         split_heads: bool, whether each of attention's heads is a matrix of its
             own, not each projection.
         roles: None, or what `tf_effopt.roles(model)` returned.
-        **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`.
 
     Raises:
         ValueError: an argument is out of its range; a variable isn't in `roles`.
@@ -202,68 +189,27 @@ class Muon(Optimizer):
 
     elementwise = False
     model_rule = ModelRule(inner_adam_correction, each_count=True)
-    adam_beta_1 = DecayRate()
-    adam_beta_2 = DecayRate()
-    adam_weight_decay = NonNegative(optional=True)
-    epsilon = Positive()
-    exclude_layers = Patterns()
-    exclude_embeddings = Switch()
-    muon_a = Real()
-    muon_b = Real()
-    muon_c = Real()
-    adam_lr_ratio = NonNegative()
-    momentum = DecayRate()
-    ns_steps = Integer(low=1)
-    nesterov = Switch()
-    rms_rate = Positive(optional=True)
-    iteration = Choice("newton_schulz", "polar_express")
-    scale = Choice("match_rms_adamw", "original")
-    split_heads = Switch()
-    roles = KnownRoles()
-
-    def __init__(
-        self,
-        learning_rate=0.001,
-        adam_beta_1=0.9,
-        adam_beta_2=0.999,
-        adam_weight_decay=0.004,
-        epsilon=1e-7,
-        weight_decay=0.004,
-        exclude_layers=None,
-        exclude_embeddings=True,
-        muon_a=3.4445,
-        muon_b=-4.7750,
-        muon_c=2.0315,
-        adam_lr_ratio=1.0,
-        momentum=0.95,
-        ns_steps=5,
-        nesterov=True,
-        rms_rate=0.2,
-        iteration="newton_schulz",
-        scale="match_rms_adamw",
-        split_heads=False,
-        roles=None,
-        **kwargs,
-    ):
-        super().__init__(learning_rate, weight_decay=weight_decay, **kwargs)
-        self.adam_beta_1 = adam_beta_1
-        self.adam_beta_2 = adam_beta_2
-        self.adam_weight_decay = adam_weight_decay
-        self.epsilon = epsilon
-        self.exclude_layers = [] if exclude_layers is None else exclude_layers
-        self.exclude_embeddings = exclude_embeddings
-        self.muon_a = muon_a
-        self.muon_b = muon_b
-        self.muon_c = muon_c
-        self.adam_lr_ratio = adam_lr_ratio
-        self.momentum = momentum
-        self.ns_steps = ns_steps
-        self.nesterov = nesterov
-        self.rms_rate = rms_rate
-        self.iteration = iteration
-        self.scale = scale
-        self.split_heads = split_heads
-        self.roles = roles
+    adam_beta_1: hp.FloatOrSchedule = hp.DecayRate(default=0.9)
+    adam_beta_2: hp.FloatOrSchedule = hp.DecayRate(default=0.999)
+    adam_weight_decay: hp.FloatOrSchedule | None = hp.NonNegative(True, default=0.004)
+    epsilon: hp.FloatOrSchedule = hp.Positive(default=1e-7)
+    weight_decay: hp.FloatOrSchedule | None = hp.NonNegative(True, default=0.004)
+    exclude_layers: list[str] | None = hp.Patterns(optional=True, default=None)
+    exclude_embeddings: bool = hp.Switch(default=True)
+    muon_a: hp.FloatOrSchedule = hp.Real(default=3.4445)
+    muon_b: hp.FloatOrSchedule = hp.Real(default=-4.7750)
+    muon_c: hp.FloatOrSchedule = hp.Real(default=2.0315)
+    adam_lr_ratio: hp.FloatOrSchedule = hp.NonNegative(default=1.0)
+    momentum: hp.FloatOrSchedule = hp.DecayRate(default=0.95)
+    ns_steps: int = hp.Integer(low=1, default=5)
+    nesterov: bool = hp.Switch(default=True)
+    rms_rate: hp.FloatOrSchedule | None = hp.Positive(optional=True, default=0.2)
+    iteration: str = hp.Choice(
+        "newton_schulz", "polar_express", default="newton_schulz"
+    )
+    scale: str = hp.Choice("match_rms_adamw", "original", default="match_rms_adamw")
+    split_heads: bool = hp.Switch(default=False)
+    roles: Roles | None = KnownRoles(default=None)
 
     def part(self, path, shape):
         (part,) = self.parts([(path, shape)])

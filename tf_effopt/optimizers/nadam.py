@@ -3,12 +3,10 @@
 https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
 """
 
-from __future__ import annotations
-
 from keras import ops
 
+from tf_effopt import hyperparameters as hp
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import DecayRate, FloatOrSchedule, Positive
 from tf_effopt.rules import ModelRule, Slots
 
 
@@ -99,10 +97,6 @@ class Nadam(Optimizer):
             counts from then on.)
         beta_2: float in [0, 1), share of the second moment kept per update.
         epsilon: float above 0.
-        **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`.
-
-    Raises:
-        ValueError: an argument is out of its range.
 
     Example:
 
@@ -117,6 +111,6 @@ class Nadam(Optimizer):
     rule = staticmethod(nadam_rule)
     slots = Slots(m="momentum", v="velocity")
     model_rule = ModelRule(nadam_schedule, slots={"mu_product": ("u_product", 1.0)})
-    beta_1: FloatOrSchedule = DecayRate(default=0.9)
-    beta_2: FloatOrSchedule = DecayRate(default=0.999)
-    epsilon: FloatOrSchedule = Positive(default=1e-7)
+    beta_1: hp.FloatOrSchedule = hp.DecayRate(default=0.9)
+    beta_2: hp.FloatOrSchedule = hp.DecayRate(default=0.999)
+    epsilon: hp.FloatOrSchedule = hp.Positive(default=1e-7)

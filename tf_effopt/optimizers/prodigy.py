@@ -4,20 +4,10 @@ Parameter-Free Learner", 2024.
 https://arxiv.org/abs/2306.06101
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 from keras import ops
 
+from tf_effopt import hyperparameters as hp
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import (
-    DecayRate,
-    FloatOrSchedule,
-    LearningRate,
-    Positive,
-    Switch,
-)
 from tf_effopt.rules import ModelRule, Slot, Slots
 
 
@@ -178,9 +168,6 @@ class Prodigy(Optimizer):
         **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`. Here
             `weight_decay` is part of the rule.
 
-    Raises:
-        ValueError: an argument is out of its range.
-
     Example:
 
     >>> import keras, tf_effopt
@@ -200,14 +187,14 @@ class Prodigy(Optimizer):
         x0=Slot("initial", starts_at_weight=True),
     )
     elementwise = False
-    learning_rate: Any = LearningRate(default=1.0)
-    beta_1: FloatOrSchedule = DecayRate(default=0.9)
-    beta_2: FloatOrSchedule = DecayRate(default=0.999)
-    epsilon: FloatOrSchedule = Positive(default=1e-8)
-    bias_correction: bool = Switch(default=False)
-    safeguard_warmup: bool = Switch(default=False)
-    initial_estimate: FloatOrSchedule = Positive(default=1e-6)
-    estimate_coefficient: FloatOrSchedule = Positive(default=1.0)
+    learning_rate: hp.RateOrSchedule = hp.LearningRate(default=1.0)
+    beta_1: hp.FloatOrSchedule = hp.DecayRate(default=0.9)
+    beta_2: hp.FloatOrSchedule = hp.DecayRate(default=0.999)
+    epsilon: hp.FloatOrSchedule = hp.Positive(default=1e-8)
+    bias_correction: bool = hp.Switch(default=False)
+    safeguard_warmup: bool = hp.Switch(default=False)
+    initial_estimate: hp.FloatOrSchedule = hp.Positive(default=1e-6)
+    estimate_coefficient: hp.FloatOrSchedule = hp.Positive(default=1.0)
 
     @property
     def model_rule(self):

@@ -4,12 +4,10 @@ Beyond", 2020.
 https://arxiv.org/abs/1908.03265
 """
 
-from __future__ import annotations
-
 from keras import ops
 
+from tf_effopt import hyperparameters as hp
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import DecayRate, FloatOrSchedule, Positive
 from tf_effopt.rules import ModelRule, Slots
 
 # Of one coefficient of `bend`'s power series, B_2k / (2k)!, to the next.
@@ -110,10 +108,6 @@ class RAdam(Optimizer):
         beta_2: float in [0, 1), share of the second moment kept per update. At
             0.6 or less, no step is ever rectified.
         epsilon: float above 0.
-        **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`.
-
-    Raises:
-        ValueError: an argument is out of its range.
 
     Example:
 
@@ -128,6 +122,6 @@ class RAdam(Optimizer):
     rule = staticmethod(radam_rule)
     slots = Slots(m="momentum", v="velocity")
     model_rule = ModelRule(radam_rectification, each_count=True)
-    beta_1: FloatOrSchedule = DecayRate(default=0.9)
-    beta_2: FloatOrSchedule = DecayRate(default=0.999)
-    epsilon: FloatOrSchedule = Positive(default=1e-8)
+    beta_1: hp.FloatOrSchedule = hp.DecayRate(default=0.9)
+    beta_2: hp.FloatOrSchedule = hp.DecayRate(default=0.999)
+    epsilon: hp.FloatOrSchedule = hp.Positive(default=1e-8)

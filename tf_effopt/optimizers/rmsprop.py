@@ -3,18 +3,10 @@
 https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf
 """
 
-from __future__ import annotations
-
 from keras import ops
 
+from tf_effopt import hyperparameters as hp
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import (
-    DecayRate,
-    FloatOrSchedule,
-    Fraction,
-    Positive,
-    Switch,
-)
 from tf_effopt.rules import Slots
 
 
@@ -68,10 +60,6 @@ class RMSprop(Optimizer):
             from or to 0 once the optimizer is built.
         epsilon: float above 0, in the units of the squared gradient.
         centered: bool, whether to divide by the standard deviation instead.
-        **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`.
-
-    Raises:
-        ValueError: an argument is out of its range.
 
     Example:
 
@@ -84,10 +72,10 @@ class RMSprop(Optimizer):
     """
 
     rule = staticmethod(rmsprop_rule)
-    rho: FloatOrSchedule = DecayRate(default=0.9)
-    momentum: FloatOrSchedule = Fraction(zero_is_off=True, default=0.0)
-    epsilon: FloatOrSchedule = Positive(default=1e-7)
-    centered: bool = Switch(default=False)
+    rho: hp.FloatOrSchedule = hp.DecayRate(default=0.9)
+    momentum: hp.FloatOrSchedule = hp.Fraction(zero_is_off=True, default=0.0)
+    epsilon: hp.FloatOrSchedule = hp.Positive(default=1e-7)
+    centered: bool = hp.Switch(default=False)
 
     @property
     def slots(self):

@@ -3,21 +3,11 @@
 https://arxiv.org/abs/2405.15682
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 from keras import ops
 
+from tf_effopt import hyperparameters as hp
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import (
-    Count,
-    DecayRate,
-    FloatOrSchedule,
-    LearningRate,
-    Positive,
-)
 from tf_effopt.rules import Evaluation, ModelRule, Slot, Slots
 
 
@@ -89,7 +79,7 @@ def interpolation(w, slots, *, beta_1):
     return w + (1 - beta_1) * (slots["z"] - w)
 
 
-class Place(DecayRate):
+class Place(hp.DecayRate):
     """Where `y` lies between `z` and `x`: these stay as they are if it changes."""
 
     def __set__(self, optimizer, value):
@@ -153,9 +143,6 @@ class ScheduleFreeAdamW(Optimizer):
         **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`. Here
             `weight_decay` is part of the rule.
 
-    Raises:
-        ValueError: an argument is out of its range.
-
     Example:
 
     >>> import keras, tf_effopt
@@ -177,11 +164,11 @@ class ScheduleFreeAdamW(Optimizer):
         slots={"lr_max": ("largest_rate", 0.0), "weight_sum": ("weight_sum", 0.0)},
     )
     evaluation = Evaluation(average, interpolation)
-    learning_rate: Any = LearningRate(default=0.0025)
+    learning_rate: hp.RateOrSchedule = hp.LearningRate(default=0.0025)
     beta_1: float = Place(allow_zero=False, default=0.9)
-    beta_2: FloatOrSchedule = DecayRate(default=0.999)
-    epsilon: FloatOrSchedule = Positive(default=1e-8)
-    warmup_steps: int | None = Count(low=1, default=0)
+    beta_2: hp.FloatOrSchedule = hp.DecayRate(default=0.999)
+    epsilon: hp.FloatOrSchedule = hp.Positive(default=1e-8)
+    warmup_steps: int | None = hp.Count(low=1, default=0)
 
     def convert_keras_slots(self, saved, steps):
         # Keras keeps no sums: it averages with equal weights, which is the same

@@ -5,12 +5,8 @@ Nesterov, 1983; in the form of Sutskever et al., "On the importance of
 initialization and momentum in deep learning", 2013.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
+from tf_effopt import hyperparameters as hp
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import FloatOrSchedule, Fraction, LearningRate, Switch
 from tf_effopt.rules import Slots
 
 
@@ -57,10 +53,6 @@ class SGD(Optimizer):
         momentum: float in [0, 1]. 0 keeps no state, so it can't be changed
             from or to 0 once the optimizer is built.
         nesterov: bool, Nesterov's momentum; needs `momentum` above 0.
-        **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`.
-
-    Raises:
-        ValueError: an argument is out of its range.
 
     Example:
 
@@ -73,9 +65,9 @@ class SGD(Optimizer):
     [-0.25]
     """
 
-    learning_rate: Any = LearningRate(default=0.01)
-    momentum: FloatOrSchedule = Fraction(zero_is_off=True, default=0.0)
-    nesterov: bool = Switch(default=False)
+    learning_rate: hp.RateOrSchedule = hp.LearningRate(default=0.01)
+    momentum: hp.FloatOrSchedule = hp.Fraction(zero_is_off=True, default=0.0)
+    nesterov: bool = hp.Switch(default=False)
 
     @property
     def rule(self):

@@ -4,15 +4,13 @@
 https://arxiv.org/abs/2409.11321
 """
 
-from __future__ import annotations
-
 import functools
 
 import keras
 from keras import ops
 
+from tf_effopt import hyperparameters as hp
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import Count, DecayRate, Integer, NonNegative, Positive
 from tf_effopt.linalg import (
     gram,
     left_singular_vectors,
@@ -197,10 +195,6 @@ class SOAP(Optimizer):
             eigenvectors; None to keep the first ones.
         max_precondition_dim: int of at least 1, the largest axis that has a
             basis: longer ones, usually of an embedding, are left as they are.
-        **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`.
-
-    Raises:
-        ValueError: an argument is out of its range.
 
     Example:
 
@@ -216,33 +210,14 @@ class SOAP(Optimizer):
     upkeep = staticmethod(soap_upkeep)
     model_rule = ModelRule(soap_correction, each_count=True)
     elementwise = False
-    weight_decay = NonNegative()
-    beta_1 = DecayRate()
-    beta_2 = DecayRate()
-    shampoo_beta = DecayRate(optional=True)
-    epsilon = Positive()
-    precondition_frequency = Count(low=1)
-    max_precondition_dim = Integer(low=1)
-
-    def __init__(
-        self,
-        learning_rate=0.003,
-        beta_1=0.95,
-        beta_2=0.95,
-        shampoo_beta=None,
-        epsilon=1e-8,
-        weight_decay=0.01,
-        precondition_frequency=10,
-        max_precondition_dim=10000,
-        **kwargs,
-    ):
-        super().__init__(learning_rate, weight_decay=weight_decay, **kwargs)
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.shampoo_beta = shampoo_beta
-        self.epsilon = epsilon
-        self.precondition_frequency = precondition_frequency
-        self.max_precondition_dim = max_precondition_dim
+    learning_rate: hp.RateOrSchedule = hp.LearningRate(default=0.003)
+    beta_1: hp.FloatOrSchedule = hp.DecayRate(default=0.95)
+    beta_2: hp.FloatOrSchedule = hp.DecayRate(default=0.95)
+    shampoo_beta: hp.FloatOrSchedule | None = hp.DecayRate(optional=True, default=None)
+    epsilon: hp.FloatOrSchedule = hp.Positive(default=1e-8)
+    weight_decay: hp.FloatOrSchedule = hp.NonNegative(default=0.01)
+    precondition_frequency: int | None = hp.Count(low=1, default=10)
+    max_precondition_dim: int = hp.Integer(low=1, default=10000)
 
     def part(self, path, shape):
         axes = tuple(

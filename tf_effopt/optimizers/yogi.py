@@ -3,20 +3,10 @@
 https://papers.nips.cc/paper/8186-adaptive-methods-for-nonconvex-optimization
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 from keras import ops
 
+from tf_effopt import hyperparameters as hp
 from tf_effopt.base import Optimizer
-from tf_effopt.hyperparameters import (
-    DecayRate,
-    FloatOrSchedule,
-    LearningRate,
-    Positive,
-    Switch,
-)
 from tf_effopt.optimizers.adam import adam_correction
 from tf_effopt.rules import ModelRule, Slot, Slots
 
@@ -74,10 +64,6 @@ class Yogi(Optimizer):
         initial_accumulator_value: float above 0, in the units of the squared
             gradient, the second moment's start, fixed once the optimizer is built.
         bias_correction: bool. `False` is the rule as the paper prints it.
-        **kwargs: what every optimizer takes; see `tf_effopt.Optimizer`.
-
-    Raises:
-        ValueError: an argument is out of its range.
 
     Example:
 
@@ -93,12 +79,12 @@ class Yogi(Optimizer):
 
     rule = staticmethod(yogi_rule)
     model_rule = ModelRule(adam_correction, each_count=True)
-    learning_rate: Any = LearningRate(default=0.01)
-    beta_1: FloatOrSchedule = DecayRate(default=0.9)
-    beta_2: FloatOrSchedule = DecayRate(default=0.999)
-    epsilon: FloatOrSchedule = Positive(default=1e-3)
-    initial_accumulator_value: float = Positive(fixed=True, default=1e-6)
-    bias_correction: bool = Switch(default=True, kw_only=True)
+    learning_rate: hp.RateOrSchedule = hp.LearningRate(default=0.01)
+    beta_1: hp.FloatOrSchedule = hp.DecayRate(default=0.9)
+    beta_2: hp.FloatOrSchedule = hp.DecayRate(default=0.999)
+    epsilon: hp.FloatOrSchedule = hp.Positive(default=1e-3)
+    initial_accumulator_value: float = hp.Positive(fixed=True, default=1e-6)
+    bias_correction: bool = hp.Switch(default=True, kw_only=True)
 
     @property
     def slots(self):

@@ -1,0 +1,77 @@
+"""At `build`: whether something provides what functions ask for by name.
+
+Which numbers a `model_rule` returns is seen only when it runs. So where a function asks
+for one, a step with zeros is tried on one variable of each kind, without compiling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+from keras import ops, tree
+
+from tf_effopt.engine import stages
+from tf_effopt.engine.inputs import Inputs
+from tf_effopt.engine.plan import Bound, Plan, Scalars, TrainedVariable, UnknownArgument
+from tf_effopt.paths import dtype_name, shape_of
+
+
+def check_names(
+    plan: Plan,
+    variables: list[TrainedVariable | None],
+    state: list[dict | None],
+    model_state: dict[int, dict[str, Any]],
+) -> None:
+    """Raises an error if a function asks for what nothing provides.
+
+    Raises:
+        UnknownArgument: it does.
+    """
+    trained = [v for v in variables if v is not None]
+    if not any(_may_be_misspelt(x) for x in _functions(plan, trained)):
+        return
+    smallest: dict[Hashable, TrainedVariable] = {}
+    for v in trained:
+        kind = id(v.rule), v.stages
+        best = smallest.get(kind, v)
+        smallest[kind] = v if math.prod(v.shape) < math.prod(best.shape) else best
+    chosen = list(smallest.values())
+    dtypes = {v.compute_dtype for v in trained}
+    dtype = "float64" if "float64" in dtypes else "float32"
+    scalars = Scalars(
+        ops.zeros((), "int32"),
+        ops.zeros((), dtype),
+        ops.zeros((len(plan.numbers), 2), dtype),
+        tree.map_structure(lambda _: ops.zeros((), dtype), model_state),
+    )
+    zeros = [
+        tree.map_structure(
+            lambda x: ops.zeros(shape_of(x), dtype_name(x)), state[v.index]
+        )
+        for v in chosen
+    ]
+    gradients = [ops.zeros(v.shape, v.compute_dtype) for v in chosen]
+    try:
+        stages.run_without_branch(Inputs(plan, chosen, zeros, gradients, scalars))
+    except UnknownArgument:
+        raise
+    except Exception:  # noqa: BLE001  # The first step raises it, with its values.
+        return
+
+
+def _functions(plan: Plan, variables: list[TrainedVariable]) -> Iterator[Bound | None]:
+    yield from (v.rule for v in variables)
+    yield plan.upkeep
+    for stage in plan.stages:
+        yield from (stage.function, stage.look)
+    for _, model in plan.models():
+        yield from (model.rule, model.measure)
+
+
+def _may_be_misspelt(bound: Bound | None) -> bool:
+    """Whether it asks for what isn't known at build; this package's are tested."""
+    if bound is None or not bound.of_model:
+        return False
+    return not (bound.function.__module__ or "").startswith("tf_effopt.")
