@@ -14,7 +14,7 @@ from typing import Any
 import keras
 
 import tf_effopt
-from tf_effopt.arguments import did_you_mean
+from tf_effopt.base.arguments import did_you_mean
 
 
 class UsageError(Exception):

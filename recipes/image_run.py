@@ -23,7 +23,7 @@ import tf_effopt
 from recipes import checkpoint
 from recipes.command_line import UsageError
 from recipes.preemption import Preempted
-from tf_effopt.engine.keras_hooks import sync_state
+from tf_effopt.runtime.keras_hooks import sync_state
 
 
 class TrainingFailed(Exception):

@@ -42,7 +42,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 def _forget_programs(item: pytest.Item) -> None:
     if item.get_closest_marker("fresh_programs"):
-        from tf_effopt.engine import programs
+        from tf_effopt.runtime import programs
 
         programs._shared.clear()
 

@@ -22,9 +22,9 @@ import tensorflow as tf
 from cases import STAGES, programs_of, traces
 
 import tf_effopt
-from tf_effopt.engine import programs as shared
-from tf_effopt.engine import tensorflow as engine
 from tf_effopt.optimizers import muon
+from tf_effopt.runtime import programs as shared
+from tf_effopt.runtime import tensorflow as engine
 
 optimizers = importlib.import_module(sys.argv[1])
 

@@ -14,7 +14,7 @@ from cases import BY_NAME, arrays
 
 import tf_effopt
 from tf_effopt import hyperparameters
-from tf_effopt.configurable import fields
+from tf_effopt.base.configurable import fields
 from tf_effopt.optimizers.muon import KnownRoles
 
 NAN, INF = float("nan"), float("inf")

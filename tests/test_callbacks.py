@@ -152,7 +152,7 @@ def test_other_backends(backend):
         import sys
         sys.path.insert(0, sys.argv[1])
         import keras, numpy as np, tf_effopt, test_callbacks as t
-        from tf_effopt.engine.keras_hooks import sync_state
+        from tf_effopt.runtime.keras_hooks import sync_state
         dense = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")
         model = keras.Sequential([keras.Input((1,)), dense])
         # The gradient is 1 everywhere.

@@ -15,8 +15,8 @@ import pytest
 import tensorflow as tf
 from cases import CASES, KINDS, by_name, programs_of, traces
 
-from tf_effopt.engine.flat_function import flattened
-from tf_effopt.engine.programs import plain
+from tf_effopt.runtime.flat_function import flattened
+from tf_effopt.runtime.programs import plain
 
 pytestmark = pytest.mark.fresh_programs
 

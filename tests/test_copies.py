@@ -123,7 +123,7 @@ def test_a_pickle_goes_on_in_another_process(monkeypatch):
     optimizer = tf_effopt.SGD(0.5, momentum=0.5)
     optimizer.apply([ones], [weight])
     pickled = pickle.dumps(optimizer)
-    monkeypatch.setattr("tf_effopt.copies.PROCESS", "another")
+    monkeypatch.setattr("tf_effopt.base.copies.PROCESS", "another")
     loaded = pickle.loads(pickled)
     weight = keras.Variable([9.0], name="w")
     loaded.apply([ones], [weight])

@@ -176,7 +176,7 @@ def test_tensorboard_profiles_a_training(expected, tmp_path):
 
 
 def test_whether_xla_is_there_is_not_asked_of_a_function_that_runs_eagerly(tmp_path):
-    from tf_effopt.engine import xla
+    from tf_effopt.runtime import xla
 
     xla.device_failure.cache_clear()
     with eagerly(tmp_path):

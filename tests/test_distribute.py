@@ -25,7 +25,7 @@ tf = pytest.importorskip("tensorflow")
 from workers import CASES
 
 from tf_effopt.distribute import launch, tf_config
-from tf_effopt.distribute.fit import _PackedLogs
+from tf_effopt.training.fit import _PackedLogs
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = ROOT / "tests" / "workers.py"

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import tensorflow as tf
 
-from tf_effopt.engine.flat_function import FlatFunction
+from tf_effopt.runtime.flat_function import FlatFunction
 
 ONE, TWO = tf.constant(1.0), tf.constant(2.0)
 

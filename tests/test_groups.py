@@ -26,8 +26,8 @@ from cases import (
 
 import tf_effopt
 from tf_effopt import SGD, Adam, AdamW, Group
+from tf_effopt.base.selection import Trained
 from tf_effopt.rules import Part, Slots
-from tf_effopt.selection import Trained
 from tf_effopt.transforms import Transform, ZClip
 
 pytestmark = pytest.mark.fresh_programs
@@ -541,7 +541,7 @@ def saved_by_0_1_0(members, **settings):
     config = {"members": members, "learning_rate_multiplier": 1.0, "weight_decay": None}
     config |= {"frozen": False, "optional": False} | settings
     return {
-        "module": "tf_effopt.groups",
+        "module": "tf_effopt.base.groups",
         "class_name": "Group",
         "config": config,
         "registered_name": "tf_effopt>Group",

@@ -12,7 +12,7 @@ from cases import CASES, STAGES, arrays, by_name, programs_of
 
 import tf_effopt
 from tf_effopt import Adam, AdamW, Group
-from tf_effopt.engine import tensorflow as engine
+from tf_effopt.runtime import tensorflow as engine
 
 pytestmark = [
     pytest.mark.fresh_programs,

@@ -10,11 +10,12 @@ import pytest
 from cases import arrays, compiled_model, small_model, train
 
 import tf_effopt
-from tf_effopt import layer_roles
-from tf_effopt.engine import programs
+from tf_effopt.base.role import OTHER, einsum
+from tf_effopt.base.roles_by_path import role_by_path
 from tf_effopt.engine.matrices import View
 from tf_effopt.optimizers import muon
 from tf_effopt.rules import Matrices
+from tf_effopt.runtime import programs
 
 pytestmark = pytest.mark.fresh_programs
 
@@ -155,7 +156,7 @@ def test_each_head_may_be_a_matrix_of_its_own():
     ],
 )
 def test_heads_are_those_of_attention(equation, name, heads):
-    assert layer_roles._einsum(equation, name).heads == heads
+    assert einsum(equation, name).heads == heads
 
 
 def test_tied_weights_are_an_embedding():
@@ -730,17 +731,16 @@ def test_a_wrapped_one_is_carried_over_with_other_roles():
 
 @pytest.mark.parametrize("layer", ["keypoints", "monkey", "query_conv", "values_1"])
 def test_a_layer_that_sounds_like_attention_isnt(layer):
-    attention = layer_roles.role_by_path("attention/query/kernel", (3, 8, 16))
+    attention = role_by_path("attention/query/kernel", (3, 8, 16))
     assert (
-        attention.matrices
-        != layer_roles.role_by_path(f"model/{layer}/kernel", (3, 8, 16)).matrices
+        attention.matrices != role_by_path(f"model/{layer}/kernel", (3, 8, 16)).matrices
     )
 
 
 @pytest.mark.parametrize("layer", ["block1a_dwconv", "conv_dw_1", "depthwise_2"])
 def test_a_depthwise_kernel_is_no_hidden_matrix_by_its_path(layer):
-    role = layer_roles.role_by_path(f"net/{layer}/kernel", (3, 3, 32, 1))
-    assert role.kind == layer_roles.OTHER
+    role = role_by_path(f"net/{layer}/kernel", (3, 3, 32, 1))
+    assert role.kind == OTHER
 
 
 def test_divided_work_on_one_device_is_the_same():

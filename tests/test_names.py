@@ -11,7 +11,7 @@ import pytest
 from cases import arrays
 
 import tf_effopt
-from tf_effopt.paths import known_by
+from tf_effopt.state.variables import known_by
 
 X = np.random.default_rng(0).normal(size=(16, 3, 8)).astype("float32")
 

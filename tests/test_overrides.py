@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras import ops
 
 import tf_effopt
-from tf_effopt import overrides
+from tf_effopt.base import overrides
 
 IGNORED = sorted(overrides.IGNORED)
 

@@ -14,8 +14,8 @@ from cases import BY_NAME, CASES, KINDS, arrays
 from golden_certificates import with_signs_of
 from keras import ops
 
-from tf_effopt import precision, random
 from tf_effopt.hyperparameters import Decay
+from tf_effopt.state import precision, random
 
 every_case = pytest.mark.parametrize("case", CASES, ids=cases.by_name)
 

@@ -11,15 +11,15 @@ import keras
 import pytest
 
 import tf_effopt
-from tf_effopt.engine import private_names
-from tf_effopt.engine.private_names import Attributes, PrivateName
+from tf_effopt.runtime import private_names
+from tf_effopt.runtime.private_names import Attributes, PrivateName
 
 pytestmark = pytest.mark.versions
 
 PACKAGE = pathlib.Path(tf_effopt.__file__).parent
-LIST = PACKAGE / "engine" / "private_names.py"
+LIST = PACKAGE / "runtime" / "private_names.py"
 # Of jax and Python; jax's wheels are pinned together.
-ELSEWHERE = {"tpu/compiler.py": ("jax._src",), "representation.py": ("_getframe",)}
+ELSEWHERE = {"tpu/compiler.py": ("jax._src",), "base/representation.py": ("_getframe",)}
 IMPORTS = re.compile(r"keras\.src|tensorflow\.(python|compiler)|\._")
 
 
@@ -94,14 +94,16 @@ def test_private_modules_are_imported_by_the_list_only():
                 for module in modules
                 if IMPORTS.search(module) and not module.startswith(allowed or "\0")
             ]
-    assert found == ["legacy_keras.py:7 tensorflow.python.keras"]  # which it refuses
+    assert found == [
+        "base/legacy_keras.py:7 tensorflow.python.keras"
+    ]  # which it refuses
 
 
 def test_all_of_them_exist():
     missing = private_names.missing()
     assert not missing, (
         f"These versions lack {missing}: find what took their place, and add it to "
-        "tf_effopt/engine/private_names.py."
+        "tf_effopt/runtime/private_names.py."
     )
 
 

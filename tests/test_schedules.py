@@ -25,7 +25,7 @@ from cases import (
 import tf_effopt
 from tf_effopt import SGD, Adam, AdamW, Group, LossScaleOptimizer
 from tf_effopt.averaging import Lookahead
-from tf_effopt.configurable import fields
+from tf_effopt.base.configurable import fields
 from tf_effopt.hyperparameters import Number
 from tf_effopt.transforms import MARS, AdaptiveClipping
 

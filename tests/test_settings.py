@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 import tf_effopt
-from tf_effopt.arguments import distance
+from tf_effopt.engine.spelling import distance
 
 VARIABLES = {"tf": tf.Variable, "keras": keras.Variable}
 

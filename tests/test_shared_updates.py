@@ -12,7 +12,7 @@ import tensorflow as tf
 from cases import CASES, KINDS, arrays, by_name, programs_of, traces
 
 import tf_effopt
-from tf_effopt.engine import programs
+from tf_effopt.runtime import programs
 from tf_effopt.transforms import AdaptiveClipping, GradientNoise
 
 pytestmark = pytest.mark.fresh_programs

@@ -10,7 +10,7 @@ import pytest
 import tf_effopt
 from tf_effopt import Optimizer, hyperparameters, transforms
 from tf_effopt.averaging import Lookahead
-from tf_effopt.configurable import fields
+from tf_effopt.base.configurable import fields
 from tf_effopt.hyperparameters import DecayRate, LearningRate, NonNegative, Positive
 from tf_effopt.rules import Slots
 

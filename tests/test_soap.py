@@ -9,7 +9,7 @@ from cases import traces
 from keras import ops
 
 import tf_effopt
-from tf_effopt import linalg
+from tf_effopt.engine import linalg
 
 pytestmark = pytest.mark.fresh_programs
 

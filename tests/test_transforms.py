@@ -25,8 +25,9 @@ from cases import (
     train,
 )
 
-from tf_effopt import SGD, Adam, averaging, random, transforms
-from tf_effopt.engine.programs import Program
+from tf_effopt import SGD, Adam, averaging, transforms
+from tf_effopt.runtime.programs import Program
+from tf_effopt.state import random
 from tf_effopt.transforms import (
     AdaptiveClipping,
     Cautious,

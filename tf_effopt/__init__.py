@@ -24,11 +24,11 @@ from tf_effopt import (
     rules,
     transforms,
 )
-from tf_effopt.base import Optimizer
-from tf_effopt.engine import keras_hooks as _keras_hooks
-from tf_effopt.groups import Group
-from tf_effopt.layer_roles import roles
-from tf_effopt.loss_scale import LossScaleOptimizer
+from tf_effopt.base.groups import Group
+from tf_effopt.base.loss_scale import LossScaleOptimizer
+from tf_effopt.base.optimizer import Optimizer
+from tf_effopt.base.roles import roles
+from tf_effopt.base.stage import Stage
 from tf_effopt.optimizers import (
     SGD,
     SOAP,
@@ -47,7 +47,7 @@ from tf_effopt.optimizers import (
     ScheduleFreeAdamW,
     Yogi,
 )
-from tf_effopt.stage import Stage
+from tf_effopt.runtime import keras_hooks as _keras_hooks
 
 __version__ = "0.2.0.dev0"
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from keras import ops
 
+from tf_effopt.base.stage import Stage
 from tf_effopt.hyperparameters import FloatOrSchedule, Fraction, Integer
 from tf_effopt.rules import Slot, Slots
-from tf_effopt.stage import Stage
 
 
 def lookahead(w, slots, *, t, period, step_size):

@@ -6,8 +6,8 @@ from typing import Any
 
 import keras
 
-from tf_effopt.base import Optimizer
-from tf_effopt.engine import keras_hooks
+from tf_effopt.base.optimizer import Optimizer
+from tf_effopt.runtime import keras_hooks
 
 
 class EvaluationWeights(keras.callbacks.Callback):

@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from tf_effopt.engine import keras_hooks
+from tf_effopt.runtime import keras_hooks
 
 
 class LearningRateRangeTest(keras.callbacks.Callback):

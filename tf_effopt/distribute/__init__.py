@@ -11,12 +11,15 @@ import importlib
 import importlib.util
 from typing import Any
 
-from tf_effopt.distribute.compression import compress_gradients
-from tf_effopt.distribute.matrix_work import divide_matrix_work
+from tf_effopt.communication.compression import compress_gradients
+from tf_effopt.communication.matrix_work import divide_matrix_work
 
 __all__ = ["compress_gradients", "divide_matrix_work", "prepare", "strategy"]
 
-_HOMES = {"prepare": "fit", "strategy": "strategies"}
+_HOMES = {
+    "prepare": "tf_effopt.training.fit",
+    "strategy": "tf_effopt.distribute.strategies",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -29,7 +32,7 @@ def __getattr__(name: str) -> Any:
             "Install it by one of the extras `pip install 'tf_effopt[cpu]'`, "
             "`'tf_effopt[gpu]'` or `'tf_effopt[tpu]'`."
         )
-    home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    home = importlib.import_module(_HOMES[name])
     return getattr(home, name)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_effopt.checks import as_int
+from tf_effopt.base.checks import as_int
 from tf_effopt.distribute import tf_config
 
 NAMES = ("auto", "none", "mirrored", "multi_worker", "tpu")

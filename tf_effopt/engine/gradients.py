@@ -9,18 +9,18 @@ from typing import Any
 
 from keras import ops
 
+from tf_effopt.engine import clipping
+from tf_effopt.engine.arguments import Arguments
 from tf_effopt.engine.inputs import Inputs, kept, own_arguments, run_stage
 from tf_effopt.engine.plan import (
     ACCUMULATION,
     EVALUATING,
     OPTIMIZER,
-    Arguments,
     BoundModelRule,
     BoundStage,
     TrainedVariable,
 )
 from tf_effopt.engine.sparse import Rows
-from tf_effopt.transforms import clipping
 
 GRADIENT = "gradient"  # the phase of the finite check and of clipping
 LARGE = 131072  # elements, at least: of them a TPU has the product sooner than squares

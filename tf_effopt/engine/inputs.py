@@ -10,10 +10,9 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from tf_effopt import precision, random
+from tf_effopt.engine.arguments import Arguments
 from tf_effopt.engine.plan import (
     RULE,
-    Arguments,
     Bound,
     BoundStage,
     Plan,
@@ -21,6 +20,7 @@ from tf_effopt.engine.plan import (
     TrainedVariable,
 )
 from tf_effopt.engine.sparse import Rows
+from tf_effopt.state import precision, random
 
 
 @dataclasses.dataclass

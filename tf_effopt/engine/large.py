@@ -14,6 +14,8 @@ from typing import Any
 
 from keras import ops
 
+from tf_effopt.engine import clipping
+from tf_effopt.engine.arguments import Arguments
 from tf_effopt.engine.gradients import (
     Transformed,
     accumulated,
@@ -22,8 +24,7 @@ from tf_effopt.engine.gradients import (
     unscaled,
 )
 from tf_effopt.engine.inputs import Inputs
-from tf_effopt.engine.plan import OPTIMIZER, Arguments, Plan
-from tf_effopt.transforms import clipping
+from tf_effopt.engine.plan import OPTIMIZER, Plan
 
 SHRUNK = "shrunk"  # the phase of the second look
 CLIPPED = "clipped"  # the phase that tells whether what is clipped fits

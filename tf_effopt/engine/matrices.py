@@ -10,8 +10,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from tf_effopt.engine.arguments import Arguments
 from tf_effopt.engine.inputs import Inputs
-from tf_effopt.engine.plan import Arguments
 from tf_effopt.rules import Matrices
 
 LARGE = 256 * 256  # elements of a matrix whose products keep a CPU busy

@@ -15,7 +15,7 @@ from keras import ops, tree
 from tf_effopt.engine import stages
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.plan import Bound, Plan, Scalars, TrainedVariable, UnknownArgument
-from tf_effopt.paths import dtype_name, shape_of
+from tf_effopt.state.variables import dtype_name, shape_of
 
 
 def check_names(

@@ -15,10 +15,10 @@ from typing import Any
 
 from keras import ops, tree
 
-from tf_effopt import precision
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.plan import Plan, TrainedVariable
 from tf_effopt.engine.sparse import Rows
+from tf_effopt.state import precision
 
 SMALL = 8192  # elements, at most; what is larger gains nothing
 

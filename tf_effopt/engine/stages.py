@@ -31,6 +31,7 @@ from typing import Any
 
 from keras import ops, tree
 
+from tf_effopt.engine.arguments import Arguments
 from tf_effopt.engine.gradients import (
     GRADIENT,
     Transformed,
@@ -49,7 +50,7 @@ from tf_effopt.engine.large import (
     phases_before,
 )
 from tf_effopt.engine.matrices import Share, matrix_steps
-from tf_effopt.engine.plan import ACCUMULATION, OPTIMIZER, Arguments, Plan
+from tf_effopt.engine.plan import ACCUMULATION, OPTIMIZER, Plan
 from tf_effopt.engine.stacks import Stacks
 from tf_effopt.engine.updates import averaged, updated, upkept
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from keras import ops
 
-from tf_effopt import precision, random
+from tf_effopt.engine.arguments import Arguments
 from tf_effopt.engine.inputs import Inputs, kept, run_stage
 from tf_effopt.engine.matrices import matrix_steps
 from tf_effopt.engine.plan import (
@@ -15,11 +15,11 @@ from tf_effopt.engine.plan import (
     EVALUATING,
     OPTIMIZER,
     RULE,
-    Arguments,
     BoundStage,
     TrainedVariable,
 )
 from tf_effopt.engine.sparse import Rows
+from tf_effopt.state import precision, random
 
 
 def updated(

@@ -7,10 +7,8 @@ https://arxiv.org/abs/1804.04235
 import keras
 from keras import ops
 
-from tf_effopt import hyperparameters as hp
-from tf_effopt.base import Optimizer
-from tf_effopt.linalg import root_mean_square
-from tf_effopt.rules import ModelRule, Part, Slot, Slots
+from tf_effopt.base import ModelRule, Optimizer, Part, Slot, Slots, hp
+from tf_effopt.engine.linalg import root_mean_square
 
 
 def factored_moment(q, slots, beta, axes):

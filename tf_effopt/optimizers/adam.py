@@ -5,9 +5,7 @@ https://arxiv.org/abs/1412.6980
 
 from keras import ops
 
-from tf_effopt import hyperparameters as hp
-from tf_effopt.base import Optimizer
-from tf_effopt.rules import ModelRule, Slots
+from tf_effopt.base import ModelRule, Optimizer, Slots, hp
 
 
 def adam_correction(sums, slots, *, t, beta_1, beta_2, bias_correction):

@@ -3,7 +3,7 @@
 https://arxiv.org/abs/1711.05101
 """
 
-from tf_effopt import hyperparameters as hp
+from tf_effopt.base import hp
 from tf_effopt.optimizers.adam import Adam
 
 

@@ -1,8 +1,7 @@
 """Gradient descent, the rule of Cauchy, "Méthode générale pour la résolution
 des systèmes d'équations simultanées", 1847."""
 
-from tf_effopt import hyperparameters as hp
-from tf_effopt.base import Optimizer
+from tf_effopt.base import Optimizer, hp
 
 
 def gradient_descent_rule(g, slots, *, learning_rate):

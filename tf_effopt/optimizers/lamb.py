@@ -6,11 +6,9 @@ https://arxiv.org/abs/1904.00962
 
 from keras import ops
 
-from tf_effopt import hyperparameters as hp
-from tf_effopt.base import Optimizer
-from tf_effopt.linalg import trust_ratio
-from tf_effopt.paths import matches
-from tf_effopt.rules import ModelRule, Part, Slots
+from tf_effopt.base import ModelRule, Optimizer, Part, Slots, hp
+from tf_effopt.engine.linalg import trust_ratio
+from tf_effopt.state.variables import matches
 
 
 def biases(sums, slots, *, t, beta_1, beta_2):

@@ -3,11 +3,9 @@
 https://arxiv.org/abs/1708.03888
 """
 
-from tf_effopt import hyperparameters as hp
-from tf_effopt.base import Optimizer
-from tf_effopt.linalg import trust_ratio
-from tf_effopt.paths import matches
-from tf_effopt.rules import Part, Slots
+from tf_effopt.base import Optimizer, Part, Slots, hp
+from tf_effopt.engine.linalg import trust_ratio
+from tf_effopt.state.variables import matches
 
 
 def lars_rule(

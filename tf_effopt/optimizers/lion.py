@@ -5,9 +5,7 @@ https://arxiv.org/abs/2302.06675
 
 from keras import ops
 
-from tf_effopt import hyperparameters as hp
-from tf_effopt.base import Optimizer
-from tf_effopt.rules import Slots
+from tf_effopt.base import Optimizer, Slots, hp
 
 
 def lion_rule(g, slots, *, learning_rate, beta_1, beta_2):

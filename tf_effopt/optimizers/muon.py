@@ -8,13 +8,13 @@ import functools
 import math
 import warnings
 
-from tf_effopt import hyperparameters as hp
-from tf_effopt.base import Optimizer
-from tf_effopt.layer_roles import EMBEDDING, HIDDEN, Roles, role_by_path
-from tf_effopt.linalg import orthogonalized
+from tf_effopt.base import ModelRule, Optimizer, Part, Slots, hp
+from tf_effopt.base.role import EMBEDDING, HIDDEN
+from tf_effopt.base.roles import Roles
+from tf_effopt.base.roles_by_path import role_by_path
+from tf_effopt.engine.linalg import orthogonalized
 from tf_effopt.optimizers.adam import adam_correction, adam_rule
-from tf_effopt.paths import matches
-from tf_effopt.rules import ModelRule, Part, Slots
+from tf_effopt.state.variables import matches
 
 # Amsel et al., 2025, https://arxiv.org/abs/2505.16932: the best quintics, one
 # after the other, for singular values down to 0.001 of the norm.

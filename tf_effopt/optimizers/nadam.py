@@ -5,9 +5,7 @@ https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
 
 from keras import ops
 
-from tf_effopt import hyperparameters as hp
-from tf_effopt.base import Optimizer
-from tf_effopt.rules import ModelRule, Slots
+from tf_effopt.base import ModelRule, Optimizer, Slots, hp
 
 
 def nadam_schedule(sums, slots, *, t, beta_1):

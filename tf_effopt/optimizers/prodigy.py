@@ -6,9 +6,7 @@ https://arxiv.org/abs/2306.06101
 
 from keras import ops
 
-from tf_effopt import hyperparameters as hp
-from tf_effopt.base import Optimizer
-from tf_effopt.rules import ModelRule, Slot, Slots
+from tf_effopt.base import ModelRule, Optimizer, Slot, Slots, hp
 
 
 def step_size(d, t, learning_rate, beta_1, beta_2, bias_correction):

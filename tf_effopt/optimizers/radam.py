@@ -6,9 +6,7 @@ https://arxiv.org/abs/1908.03265
 
 from keras import ops
 
-from tf_effopt import hyperparameters as hp
-from tf_effopt.base import Optimizer
-from tf_effopt.rules import ModelRule, Slots
+from tf_effopt.base import ModelRule, Optimizer, Slots, hp
 
 # Of one coefficient of `bend`'s power series, B_2k / (2k)!, to the next.
 BERNOULLI_RATIOS = (

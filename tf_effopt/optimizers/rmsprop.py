@@ -5,9 +5,7 @@ https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf
 
 from keras import ops
 
-from tf_effopt import hyperparameters as hp
-from tf_effopt.base import Optimizer
-from tf_effopt.rules import Slots
+from tf_effopt.base import Optimizer, Slots, hp
 
 
 def rmsprop_rule(g, slots, *, learning_rate, rho, momentum, epsilon, centered):

@@ -6,9 +6,7 @@ https://arxiv.org/abs/2405.15682
 import numpy as np
 from keras import ops
 
-from tf_effopt import hyperparameters as hp
-from tf_effopt.base import Optimizer
-from tf_effopt.rules import Evaluation, ModelRule, Slot, Slots
+from tf_effopt.base import Evaluation, ModelRule, Optimizer, Slot, Slots, hp
 
 
 def schedule_free_average(sums, slots, *, t, learning_rate, warmup_steps):

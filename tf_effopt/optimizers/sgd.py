@@ -5,9 +5,7 @@ Nesterov, 1983; in the form of Sutskever et al., "On the importance of
 initialization and momentum in deep learning", 2013.
 """
 
-from tf_effopt import hyperparameters as hp
-from tf_effopt.base import Optimizer
-from tf_effopt.rules import Slots
+from tf_effopt.base import Optimizer, Slots, hp
 
 
 def sgd_rule(g, slots, *, learning_rate):

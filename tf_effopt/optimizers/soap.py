@@ -9,9 +9,8 @@ import functools
 import keras
 from keras import ops
 
-from tf_effopt import hyperparameters as hp
-from tf_effopt.base import Optimizer
-from tf_effopt.linalg import (
+from tf_effopt.base import ModelRule, Optimizer, Part, Slot, Slots, hp
+from tf_effopt.engine.linalg import (
     gram,
     left_singular_vectors,
     orthonormal,
@@ -21,7 +20,6 @@ from tf_effopt.linalg import (
     together,
     unfolded,
 )
-from tf_effopt.rules import ModelRule, Part, Slot, Slots
 
 
 def soap_correction(sums, slots, *, t, beta_1, beta_2):

@@ -5,10 +5,8 @@ https://papers.nips.cc/paper/8186-adaptive-methods-for-nonconvex-optimization
 
 from keras import ops
 
-from tf_effopt import hyperparameters as hp
-from tf_effopt.base import Optimizer
+from tf_effopt.base import ModelRule, Optimizer, Slot, Slots, hp
 from tf_effopt.optimizers.adam import adam_correction
-from tf_effopt.rules import ModelRule, Slot, Slots
 
 
 def yogi_rule(g, slots, *, correction, learning_rate, beta_1, beta_2, epsilon):

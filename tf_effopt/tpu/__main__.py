@@ -30,7 +30,7 @@ import keras
 
 import tf_effopt
 from tf_effopt import optimizers
-from tf_effopt.arguments import did_you_mean
+from tf_effopt.engine.spelling import did_you_mean
 from tf_effopt.tpu import compiler, report
 from tf_effopt.tpu.steps import compile_train_step, compile_update
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_effopt.engine import private_names
+from tf_effopt.runtime import private_names
 from tf_effopt.tpu.compiler import CompileError
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from keras import ops
 
+from tf_effopt.engine.clipping import shrink
 from tf_effopt.hyperparameters import FloatOrSchedule, Patterns, Positive
-from tf_effopt.paths import matches
+from tf_effopt.state.variables import matches
 from tf_effopt.transforms.base import Transform
-from tf_effopt.transforms.clipping import shrink
 
 
 def unit_norm(x, input_axes):

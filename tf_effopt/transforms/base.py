@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
-from tf_effopt.stage import Function, Stage
+from tf_effopt.base.stage import Function, Stage
 
 
 class Transform(Stage):

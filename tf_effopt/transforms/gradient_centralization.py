@@ -9,7 +9,7 @@ from __future__ import annotations
 from keras import ops
 
 from tf_effopt.hyperparameters import Patterns
-from tf_effopt.paths import matches
+from tf_effopt.state.variables import matches
 from tf_effopt.transforms.base import Transform
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from keras import ops
 
+from tf_effopt.base.stage import Stage
 from tf_effopt.hyperparameters import DecayRate, FloatOrSchedule, NonNegative, Patterns
-from tf_effopt.paths import matches
 from tf_effopt.rules import Slots
-from tf_effopt.stage import Stage
+from tf_effopt.state.variables import matches
 
 # Squares of a gradient whose own squares just fit must fit as well.
 SCALE = 2.0**-16

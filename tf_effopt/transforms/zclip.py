@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from keras import ops
 
+from tf_effopt.engine import clipping
+from tf_effopt.engine.clipping import squared_norm
 from tf_effopt.hyperparameters import Count, DecayRate, FloatOrSchedule, Positive
 from tf_effopt.rules import ModelRule
-from tf_effopt.transforms import clipping
 from tf_effopt.transforms.base import Transform
-from tf_effopt.transforms.clipping import squared_norm
 
 
 def measure_squared_norm(g, slots):

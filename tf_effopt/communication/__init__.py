@@ -1,0 +1,1 @@
+"""What replicas exchange, and how it is chosen."""

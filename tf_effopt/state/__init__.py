@@ -1,0 +1,1 @@
+"""What is kept per variable, and how; what is known of variables and tensors."""

@@ -1,0 +1,1 @@
+"""The adapter of Keras's `fit`: what `distribute.prepare` does."""
