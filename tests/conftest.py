@@ -13,7 +13,7 @@ import pytest
 LONGEST = ("test_ways", "test_precision", "test_mirrored", "test_transforms")
 # Files whose tests fill more than one process: those of each optimizer go together.
 DIVIDED = ("test_adversarial",)
-GIGABYTES_OF_A_PROCESS = 3
+GIGABYTES_OF_A_PROCESS = 4
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is looked at

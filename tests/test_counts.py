@@ -71,6 +71,7 @@ def test_a_trace_of_before_counts_what_a_variable_missed_since(tmp_path):
     np.testing.assert_allclose(trained_on(restored, copies[1]), want, rtol=1e-6)
 
 
+@pytest.mark.representatives("Adam", "Adafactor", "Muon")
 @pytest.mark.parametrize(
     "name", ["Adam", "RAdam", "Lamb", "Yogi", "Adafactor", "SOAP", "Muon"]
 )

@@ -190,6 +190,7 @@ def test_a_file_of_jax_continues_on_tensorflow(name, expected):
     assert_reached(scenario, model, reached, expected[f"jax_{name}"])
 
 
+@pytest.mark.slow
 def test_files_of_jax_continue_on_jax(expected, tmp_path):
     pytest.importorskip("jax")
     path = tmp_path / "reached.npz"

@@ -107,13 +107,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.representatives("adam", "muon", "prodigy")
+@pytest.mark.representatives("adam", "muon")
 @pytest.mark.parametrize("case", CASES, ids=by_name)
 def test_rules_do_the_same(case, programs_of_their_own):
     assert_equal(case.make, programs_of_their_own)
 
 
-@pytest.mark.representatives("global_clipnorm", "accumulation", "mars")
+@pytest.mark.representatives("accumulation", "mars")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_do_the_same(name, programs_of_their_own):
     def make():

@@ -53,19 +53,14 @@ OURS = [
 OURS += [f"stage_{name}" for name in STAGES]
 FEW = [
     "plain",
-    "global_clipnorm",
     "accumulation_and_clipping",
     "ema_overwrite",
     "repeated_ids",
     "infinite_in_our_wrapper",
-    "lazy_rows",
     "numbers_of_the_model",
-    "groups",
     "training_loop_without_build",
     "programs_per_replica",
     "mixed_strategies",
-    "stage_zclip",
-    "stage_mars",
     "stage_lookahead",
 ]
 # Not compared with one device, but looked at by other tests.

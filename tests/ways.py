@@ -28,16 +28,7 @@ BATCH, STEPS = 8, 20
 # with matrices, model-wide numbers, state of another shape or from the weights.
 PLACED = ("elsewhere", "one_device")
 KINDS = ("adam", "adafactor", "muon", "prodigy", "schedule_free_adamw", "soap")
-FEW = (
-    "sgd-all_at_once",
-    "adam-all_at_once",
-    "adam-accumulation",
-    "adam-large",
-    "adam-groups",
-    "adam-slots",
-    "muon-all_at_once",
-    "prodigy-all_at_once",
-)
+FEW = ("adam-accumulation", "adam-slots", "muon-all_at_once", "prodigy-all_at_once")
 # Several options at once.
 OPTIONS = {
     "all_at_once": {

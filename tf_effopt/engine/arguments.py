@@ -9,7 +9,7 @@ from typing import Any
 from keras import ops
 
 from tf_effopt.engine.counts import Counts, follows_variables, numbers_of_each
-from tf_effopt.engine.plan import OPTIMIZER, Plan, Scalars, TrainedVariable
+from tf_effopt.engine.plan import OPTIMIZER, Pairs, Plan, Scalars, TrainedVariable
 from tf_effopt.hyperparameters import Decay
 
 
@@ -19,6 +19,8 @@ class Arguments:
     def __init__(self, plan: Plan, scalars: Scalars):
         self.plan = plan
         self.scalars = scalars
+        pairs = scalars.pairs
+        self._pairs = pairs if isinstance(pairs, Pairs) else Pairs.of(pairs)
         self.t = t = plan.update_number(scalars.iterations)
         self.numbers: dict[int, dict[str, Any]] = {}  # owner -> name -> number
         self._cached: dict[tuple[int, str], dict[str, Any]] = {}
@@ -58,10 +60,10 @@ class Arguments:
         """Name -> what a function of `owner` on tensors of `dtype` receives."""
         key = owner, dtype
         if key not in self._cached:
-            pairs = ops.cast(self.scalars.pairs, dtype)
+            numbers = zip(self.plan.numbers.items(), self._pairs.each, strict=True)
             self._cached[key] = {
-                name: kind.as_rule_argument(pairs[i, 0], pairs[i, 1])
-                for i, ((whose, name), kind) in enumerate(self.plan.numbers.items())
+                name: kind.as_rule_argument(*(ops.cast(x, dtype) for x in pair))
+                for ((whose, name), kind), pair in numbers
                 if whose == owner
             }
             if owner == OPTIMIZER and self.follows_variables:

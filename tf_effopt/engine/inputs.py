@@ -15,6 +15,7 @@ from tf_effopt.engine.plan import (
     RULE,
     Bound,
     BoundStage,
+    Pairs,
     Plan,
     Scalars,
     TrainedVariable,
@@ -53,9 +54,15 @@ class Inputs:
     proceeds: Any = None
     stacks_matrices: bool = True
 
+    def __post_init__(self) -> None:
+        # Here, outside of all branches: what is made in one can't be used outside.
+        if not isinstance(self.scalars.pairs, Pairs):
+            pairs = Pairs.of(self.scalars.pairs)
+            self.scalars = dataclasses.replace(self.scalars, pairs=pairs)
+
     @property
     def scalar_dtype(self) -> str:
-        return keras.backend.standardize_dtype(self.scalars.pairs.dtype)
+        return self.scalars.pairs.dtype
 
     @property
     def t(self) -> Any:

@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import keras
+from keras import ops
+
 from tf_effopt.engine.spelling import did_you_mean
 from tf_effopt.rules import Matrices
 from tf_effopt.state import precision
@@ -256,13 +259,28 @@ class Plan:
 
 
 @dataclasses.dataclass
+class Pairs:
+    """The hyperparameters of a step as scalars: each and 1 minus it, in `dtype`."""
+
+    dtype: str
+    each: list[tuple[Any, Any]]
+
+    @classmethod
+    def of(cls, pairs: Any) -> Pairs:
+        """Taken apart out of a tensor of shape `(n, 2)`, all at once."""
+        dtype = keras.backend.standardize_dtype(pairs.dtype)
+        flat = ops.unstack(ops.reshape(pairs, (-1,))) if pairs.shape[0] else []
+        return cls(dtype, list(zip(flat[::2], flat[1::2], strict=True)))
+
+
+@dataclasses.dataclass
 class Scalars:
     """The numbers of one step, as tensors.
 
     Attributes:
         iterations: integer, micro-steps so far.
         learning_rate: float.
-        pairs: of shape `(len(plan.numbers), 2)`: value and 1 minus value.
+        pairs: of shape `(len(plan.numbers), 2)`: value and 1 minus value; or `Pairs`.
         model: owner -> letter -> the model's slots before this step.
         missed: integers, what each variable missed of the updates; None if all
             have the model's count. See `tf_effopt.engine.counts`.
