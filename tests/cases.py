@@ -187,7 +187,7 @@ def weights_after(
 
 def programs_of(optimizer: tf_effopt.Optimizer) -> list[Any]:
     """The compiled updates that it has, one for each replica and device."""
-    return [p for ps in optimizer._engine._programs.values() for p in ps]
+    return [p for ps in optimizer._engine.programs.by_set.values() for p in ps]
 
 
 def traces(optimizer: tf_effopt.Optimizer) -> list[int]:

@@ -115,6 +115,31 @@ def files_entered() -> list[str]:
     return list(entered)
 
 
+def long_files(limit: int) -> dict[str, int]:
+    """The package's files of more lines than that."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        count = len(path.read_text().splitlines())
+        if count > limit:
+            found[str(path.relative_to(PACKAGE))] = count
+    return found
+
+
+def long_classes(limit: int) -> dict[str, int]:
+    """The package's classes of more lines than that, their docstring left out."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            count = node.end_lineno - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                count -= node.body[0].end_lineno - node.body[0].lineno + 1
+            if count > limit:
+                found[f"{path.relative_to(PACKAGE)}:{node.name}"] = count
+    return found
+
+
 def main() -> None:
     repeated = repeated_lines()
     print(f"in {MANY} or more optimizers' files: {repeated.share:.1%} of the lines")

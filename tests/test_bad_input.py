@@ -15,7 +15,7 @@ from cases import BY_NAME, arrays
 import tf_effopt
 from tf_effopt import hyperparameters
 from tf_effopt.base.configurable import fields
-from tf_effopt.optimizers.muon import KnownRoles
+from tf_effopt.base.routing import KnownRoles
 
 NAN, INF = float("nan"), float("inf")
 SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)

@@ -74,7 +74,8 @@ ARROWS = {
     "engine": BELOW,
     "runtime": {"engine"} | BELOW,
     "base": {"runtime", "engine"} | BELOW,
-    "optimizers": {"base"} | MATHS | BELOW,
+    "conversion": {"base"} | BELOW,
+    "optimizers": {"base", "conversion"} | MATHS | BELOW,
     "transforms": {"base"} | MATHS | BELOW,
     "averaging": {"base"} | MATHS | BELOW,
     "callbacks": {"base", "runtime"} | BELOW,
@@ -132,6 +133,7 @@ def test_the_engine_names_no_rule():
 # Parts that are imported when they are asked for.
 TENSORFLOW = [
     "distribute/strategies.py",
+    "runtime/choice.py",
     "runtime/flat_function.py",
     "runtime/missing_gradients.py",
     "runtime/programs.py",

@@ -12,7 +12,7 @@ from cases import CASES, STAGES, arrays, by_name, programs_of
 
 import tf_effopt
 from tf_effopt import Adam, AdamW, Group
-from tf_effopt.runtime import tensorflow as engine
+from tf_effopt.runtime import choice
 
 pytestmark = [
     pytest.mark.fresh_programs,
@@ -65,7 +65,7 @@ def programs_of_their_own(monkeypatch):
     """Each set gets dedicated programs, traced without what is left out; not compiled."""
 
     def activate():
-        monkeypatch.setattr(engine, "_shares_programs", lambda *_: False)
+        monkeypatch.setattr(choice, "shares_programs", lambda *_: False)
         tf.config.run_functions_eagerly(True)
 
     yield activate
@@ -189,7 +189,7 @@ def test_stand_ins_share_the_memory_of_the_largest():
     for chosen in ("01234", "1"):
         given = [gradients[0][i] if str(i) in chosen else None for i in range(5)]
         optimizer.apply(given, weights)
-    kept = optimizer._engine._missing_gradients
+    kept = optimizer._engine.programs._missing_gradients
     assert [tuple(x.shape) for x in kept._zeros.values()] == [(27,)]
     shapes = {tuple(x.shape) for x in kept._views.values()}
     assert shapes == set(SHAPES.values()) - {(4,)}

@@ -467,8 +467,8 @@ def test_state_of_other_devices_counts(tmp_path):
         for v, value in zip(variables, start, strict=True):
             v.assign(value)
         # Two programs, as for two devices.
-        ((key, (program,)),) = together._engine._programs.items()
-        engine._programs[key] = [
+        ((key, (program,)),) = together._engine.programs.by_set.items()
+        engine.programs.by_set[key] = [
             Program(
                 dataclasses.replace(
                     program.update,

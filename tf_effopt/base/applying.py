@@ -135,7 +135,8 @@ class Applying(keras.optimizers.Optimizer):
                 "`grads` must have one gradient, or None, for each variable. "
                 f"Received: {len(grads)} gradients for {len(variables)} variables."
             )
-        self.build(variables)
+        if not self.built or self._state_to_load is not None:
+            self.build(variables)
         places = self._trainable_variables_indices
         indices = [places.get(self._var_key(v)) for v in variables]
         unknown = [v for v, i in zip(variables, indices, strict=True) if i is None]

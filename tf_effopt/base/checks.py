@@ -10,9 +10,8 @@ from typing import Any
 import keras
 
 from tf_effopt.base.stage import OF_AVERAGING, OF_TRANSFORMS, Stage
-from tf_effopt.runtime.sparse_input import with_tensors
+from tf_effopt.runtime.sparse_input import is_sparse, with_tensors
 from tf_effopt.state.precision import MANTISSA_BITS
-from tf_effopt.state.tensors import is_sparse
 from tf_effopt.state.variables import dtype_name, is_variable, path_of
 
 

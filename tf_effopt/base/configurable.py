@@ -16,6 +16,7 @@ from tf_effopt.base.arguments import (
     check_attribute,
     constructor_arguments,
 )
+from tf_effopt.base.roles import Roles
 from tf_effopt.engine.spelling import did_you_mean
 from tf_effopt.hyperparameters import REQUIRED, Hyperparameter
 
@@ -168,10 +169,10 @@ def signature_of(cls: type) -> inspect.Signature:
 
 
 def serialized(value: Any) -> Any:
-    """A value as it is in a configuration: a schedule as a dict."""
+    """A value as it is in a configuration: a schedule, or roles, as a dict."""
     if isinstance(value, schedules.LearningRateSchedule):
         return schedules.serialize(value)
-    return value
+    return value.get_config() if isinstance(value, Roles) else value
 
 
 def current_value(owner: Any, name: str, optimizer: Any) -> Any:

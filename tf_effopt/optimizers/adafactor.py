@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from tf_effopt.base import ModelRule, Optimizer, Part, Slot, Slots, hp
+from tf_effopt.conversion.adafactor import adafactor_slots
 from tf_effopt.engine.linalg import root_mean_square
 
 
@@ -156,6 +157,7 @@ class Adafactor(Optimizer):
     epsilon_2: hp.FloatOrSchedule = hp.Positive(default=1e-3)
     clip_threshold: hp.FloatOrSchedule = hp.Positive(default=1.0)
     relative_step: bool = hp.Switch(default=True)
+    convert_keras_slots = adafactor_slots
 
     def part(self, path, shape):
         is_number = isinstance(self._learning_rate, keras.Variable)
@@ -169,32 +171,6 @@ class Adafactor(Optimizer):
             c=Slot("column", lambda shape: _without(shape, rows)),
         )
         return Part(adafactor_rule, slots, settings, name="factored")
-
-    def convert_keras_slots(self, saved, steps):
-        # Keras's are row means, column means and the whole second moment; rows
-        # and columns are the last two axes, not the largest.
-        shapes = [tuple(v.shape) for v in self._trainable_variables]
-        if len(saved) == 3 * len(shapes):
-            moments = saved[2::3]
-            if [x.shape for x in moments] != shapes:
-                return None
-            factors = [factored_axes(shape) for shape in shapes]
-        else:
-            # Version 0.1.0 kept the whole moment where two axes are 2 x 2.
-            moments, factors, rest = [], [], list(saved)
-            for shape in shapes:
-                axes = factored_axes(shape)
-                is_whole = axes is None or bool(rest and rest[0].shape == shape)
-                taken = 1 if is_whole else 2
-                moments += rest[:taken]
-                factors += [axes] if is_whole else [None, None]
-                rest = rest[taken:]
-            if rest or len(moments) != len(factors):
-                return None
-        slots = []
-        for v, axes in zip(moments, factors, strict=True):
-            slots += [v] if axes is None else [v.mean(axis) for axis in axes[::-1]]
-        return slots
 
 
 def _without(shape, axis):

@@ -6,15 +6,13 @@ https://kellerjordan.github.io/posts/muon
 
 import functools
 import math
-import warnings
 
-from tf_effopt.base import ModelRule, Optimizer, Part, Slots, hp
-from tf_effopt.base.role import EMBEDDING, HIDDEN
+from tf_effopt.base import ModelRule, Part, Slots, hp
 from tf_effopt.base.roles import Roles
-from tf_effopt.base.roles_by_path import role_by_path
+from tf_effopt.base.routing import KnownRoles, RoutedByRole
+from tf_effopt.conversion.muon import muon_slots
 from tf_effopt.engine.linalg import orthogonalized
 from tf_effopt.optimizers.adam import adam_correction, adam_rule
-from tf_effopt.state.variables import matches
 
 # Amsel et al., 2025, https://arxiv.org/abs/2505.16932: the best quintics, one
 # after the other, for singular values down to 0.001 of the norm.
@@ -106,23 +104,7 @@ def inner_adam_rule(
     )
 
 
-class KnownRoles(hp.Hyperparameter):
-    """`Roles`, or None, fixed once the optimizer is built."""
-
-    expected = "what `tf_effopt.roles(model)` returned, or None"
-
-    def check(self, value):
-        if isinstance(value, dict) and set(value) == {"entries"}:
-            return Roles.from_config(value)  # as `get_config` gives it
-        if value is not None and not isinstance(value, Roles):
-            raise self.error(value)
-        return value
-
-    def structure(self, value):
-        return value
-
-
-class Muon(Optimizer):
+class Muon(RoutedByRole):
     """Muon: the momentum of each hidden matrix, with all its singular values near 1.
 
     Hidden matrices are kernels of dense layers, attention's projections,
@@ -210,97 +192,16 @@ class Muon(Optimizer):
     scale: str = hp.Choice("match_rms_adamw", "original", default="match_rms_adamw")
     split_heads: bool = hp.Switch(default=False)
     roles: Roles | None = KnownRoles(default=None)
+    convert_keras_slots = muon_slots
+    other_part = Part(
+        inner_adam_rule,
+        Slots(m="momentum", v="velocity"),
+        weight_decay="adam_weight_decay",
+        name="adamw",
+    )
 
-    def part(self, path, shape):
-        (part,) = self.parts([(path, shape)])
-        return part
-
-    def parts(self, variables):
-        if self.roles is None:
-            roles = [role_by_path(path, shape) for path, shape in variables]
-        else:
-            roles = self.roles.of(variables)
-        return [
-            self._part_of(path, role)
-            for (path, _), role in zip(variables, roles, strict=True)
-        ]
-
-    def _part_of(self, path, role):
-        is_embedding = role.kind == EMBEDDING and not self.exclude_embeddings
-        if matches(self.exclude_layers, path) or not (
-            role.kind == HIDDEN or is_embedding
-        ):
-            return ADAMW
-        view = (role.per_head() if self.split_heads else role).matrices
-        return ADAMW if view is None else muon_part(view)
-
-    def build(self, variables):
-        is_new = not self.built
-        super().build(variables)
-        if is_new:
-            self._warn_of_routing()
-
-    def _warn_of_routing(self):
-        parts = self.parts(self._known)
-        rows = [
-            f"{part.name:5}  {path}  {shape}"
-            for (path, shape), part in zip(self._known, parts, strict=True)
-            if len(shape) > 1
-        ]
-        if self._known and all(part is ADAMW for part in parts):
-            lora = any("lora" in path.lower() for path, _ in self._known)
-            why = " (adapters of LoRA aren't hidden matrices)" if lora else ""
-            warnings.warn(
-                f"{self.name} trains no variable by Muon: none of the "
-                f"{len(parts)} is a hidden matrix{why}, so that AdamW trains all. Use "
-                "`tf_effopt.AdamW`, or see `print(optimizer.describe())`.",
-                stacklevel=3,
-            )
-        elif self.roles is None and any(row.startswith("muon") for row in rows):
-            table = "\n".join(rows)
-            warnings.warn(
-                f"{self.name} goes by the paths and shapes of the variables:\n{table}\n"
-                "An output layer can't be told by its path. Pass "
-                "`roles=tf_effopt.roles(model)`, or name it: "
-                "`exclude_layers=['name of the output layer']`.",
-                stacklevel=3,
-            )
-
-    def get_config(self):
-        config = super().get_config()
-        config["roles"] = None if self.roles is None else self.roles.get_config()
-        return config
-
-    def convert_keras_slots(self, saved, steps):
-        # Keras's has one slot for what it takes for matrices, else two, in the
-        # order of the variables; its choice isn't ours.
-        saved, slots = list(saved), []
-        parts = self.parts(self._known)
-        for (path, shape), part in zip(self._known, parts, strict=True):
-            has_velocity = self._is_adam_of_keras(path, shape)
-            theirs, saved = saved[: 1 + has_velocity], saved[1 + has_velocity :]
-            if any(x.shape != shape for x in theirs) or len(theirs) < 1 + has_velocity:
-                return None
-            if part is not ADAMW:
-                slots += theirs[:1]
-            elif has_velocity:
-                slots += theirs
-            else:
-                mean = (1 - self.current("momentum")) * theirs[0]
-                slots += [mean, mean**2]
-        return None if saved else slots
-
-    def _is_adam_of_keras(self, path, shape):
-        is_embedding = self.exclude_embeddings and "embedding" in path.lower()
-        return len(shape) != 2 or is_embedding or matches(self.exclude_layers, path)
-
-
-ADAMW = Part(
-    inner_adam_rule,
-    Slots(m="momentum", v="velocity"),
-    weight_decay="adam_weight_decay",
-    name="adamw",
-)
+    def matrix_part(self, view):
+        return muon_part(view)
 
 
 @functools.cache

@@ -3,10 +3,10 @@
 https://arxiv.org/abs/2405.15682
 """
 
-import numpy as np
 from keras import ops
 
 from tf_effopt.base import Evaluation, ModelRule, Optimizer, Slot, Slots, hp
+from tf_effopt.conversion.schedule_free import schedule_free_slots
 
 
 def schedule_free_average(sums, slots, *, t, learning_rate, warmup_steps):
@@ -167,13 +167,4 @@ class ScheduleFreeAdamW(Optimizer):
     beta_2: hp.FloatOrSchedule = hp.DecayRate(default=0.999)
     epsilon: hp.FloatOrSchedule = hp.Positive(default=1e-8)
     warmup_steps: int | None = hp.Count(low=1, default=0)
-
-    def convert_keras_slots(self, saved, steps):
-        # Keras keeps no sums: it averages with equal weights, which is the same
-        # for a constant learning rate.
-        if len(saved) != 2 * len(self._trainable_variables):
-            return None
-        rate = float(self.learning_rate)
-        updates = steps // (self.gradient_accumulation_steps or 1)
-        numbers = (rate, updates * rate**2, 0.0)  # largest, sum, not at x
-        return saved + [np.array(x, "float32") for x in numbers]
+    convert_keras_slots = schedule_free_slots

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -52,6 +54,7 @@ class Engine:
         self.variables: list[TrainedVariable | None] = []
         self.counts_each = False  # whether a variable's own count matters
         self.plan: Plan | None = None
+        self.schedules: dict[int, Callable] = {}  # by the row of their number
 
     # ------------------------------------------------------------- building
 
@@ -83,6 +86,10 @@ class Engine:
         self.state = state
         self.model_state = model_state
         self.owners = self.optimizer.owners()
+        for row, (number, kind) in enumerate(plan.numbers.items()):
+            value = self._value_of(number)
+            if isinstance(value, LearningRateSchedule):
+                self.schedules[row] = functools.partial(kind.at, value)
         check_names(self.plan, self.variables, state, model_state)
         self.counts_each = counts.uses_counts(self.plan, self.variables)
         for owner in self.owners[1:]:
@@ -116,13 +123,10 @@ class Engine:
 
     def with_schedules(self, pairs: Any) -> Any:
         """The hyperparameters, with the values now of those given by a schedule."""
-        dtype = keras.backend.standardize_dtype(pairs.dtype)
-        for row, (number, kind) in enumerate(self.plan.numbers.items()):
-            value = self._value_of(number)
-            if isinstance(value, LearningRateSchedule):
-                now = ops.cast(kind.at(value, self.optimizer._iterations), dtype)
-                own = ops.reshape(ops.stack([now, 1.0 - now]), (1, 2))
-                pairs = ops.slice_update(pairs, (row, 0), own)
+        for row, schedule in self.schedules.items():
+            now = ops.cast(schedule(self.optimizer._iterations), pairs.dtype)
+            own = ops.reshape(ops.stack([now, 1.0 - now]), (1, 2))
+            pairs = ops.slice_update(pairs, (row, 0), own)
         return pairs
 
     def set_hyperparameter(self, owner: Any, name: str, value: Any) -> None:

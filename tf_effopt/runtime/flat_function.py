@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_effopt.runtime import private_names
-from tf_effopt.state.tensors import is_sparse
+from tf_effopt.runtime.sparse_input import is_sparse
 
 TENSOR = object()  # stands for one in the skeleton of nested arguments
 
@@ -29,7 +29,7 @@ class FlatFunction:
     def __init__(self, python_function: Callable, **options: Any):
         self._python_function = python_function
         self._options = options
-        self._compiled: dict[Hashable, Any] = {}
+        self._compiled: dict[Hashable, tuple[Callable, list[Any]]] = {}
 
     @property
     def traces(self) -> int:
@@ -44,10 +44,11 @@ class FlatFunction:
         tensors = [*leading, *tensors]
         if key not in self._compiled:
             function = self.of_flat_tensors(len(leading), arguments)
-            self._compiled[key] = function.get_concrete_function(*tensors)
-        compiled = self._compiled[key]
-        call = private_names.attribute(compiled, "_call_flat")
-        return call(tensors, compiled.captured_inputs)
+            compiled = function.get_concrete_function(*tensors)
+            call = private_names.attribute(compiled, "_call_flat")
+            self._compiled[key] = call, compiled.captured_inputs
+        call, captured = self._compiled[key]
+        return call(tensors, captured)
 
     def of_flat_tensors(self, leading: int, arguments: tuple) -> Any:
         """The `tf.function` of so many leading tensors, and of those in `arguments`."""

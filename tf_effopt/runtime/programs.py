@@ -17,9 +17,9 @@ from tf_effopt.engine.matrices import Share
 from tf_effopt.engine.plan import Plan, Scalars, TrainedVariable
 from tf_effopt.engine.sparse import Rows
 from tf_effopt.runtime.flat_function import FlatFunction, function_of
+from tf_effopt.runtime.sparse_input import is_sparse
 from tf_effopt.runtime.structure import is_own, structure
 from tf_effopt.runtime.watching import watchers
-from tf_effopt.state.tensors import is_sparse
 
 MOST_SHARED = 64  # structures, the latest ones
 

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_effopt.runtime import private_names
-from tf_effopt.state.tensors import is_sparse
+from tf_effopt.runtime.sparse_input import is_sparse
 
 
 def all_reduce(gradients: list[Any]) -> list[Any]:

@@ -7,7 +7,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from tf_effopt.state.tensors import is_sparse
+
+def is_sparse(gradient: Any) -> bool:
+    """Whether a gradient holds rows only (`tf.IndexedSlices`)."""
+    return hasattr(gradient, "indices") and hasattr(gradient, "dense_shape")
 
 
 def with_tensors(gradient: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 from typing import Any
 
 import numpy as np
@@ -16,19 +15,14 @@ import tensorflow as tf
 
 from tf_effopt.engine import stages
 from tf_effopt.engine.plan import OPTIMIZER, Plan, Scalars, TrainedVariable
-from tf_effopt.runtime import reduction, xla
+from tf_effopt.runtime import reduction
 from tf_effopt.runtime.base import Engine
-from tf_effopt.runtime.missing_gradients import MissingGradients
-from tf_effopt.runtime.programs import Program, assign, shared_update
+from tf_effopt.runtime.choice import Programs, compiles_steps
+from tf_effopt.runtime.programs import assign
+from tf_effopt.runtime.sparse_input import is_sparse
 from tf_effopt.runtime.tracing import in_any_trace
 from tf_effopt.runtime.variables import local_component, mapped, tf_variable
-from tf_effopt.runtime.watching import watchers
-from tf_effopt.state.tensors import is_sparse
 from tf_effopt.state.variables import path_of
-
-log = logging.getLogger("tf_effopt")
-
-ANY_SET = "any set"  # a key of programs that are told which gradients there are
 
 do_not_convert = tf.autograph.experimental.do_not_convert
 
@@ -39,12 +33,9 @@ class TensorFlowEngine(Engine):
     def __init__(self, optimizer: Any):
         super().__init__(optimizer)
         self.strategy = tf.distribute.get_strategy()
-        self._programs: dict[tuple, list[Program]] = {}
-        self._usual_sets: dict[tuple, tuple] = {}  # the first set of each place
         self._pairs: tf.Variable | None = None
         self._skipped: tf.Variable | None = None
         self._missed: tf.Variable | None = None
-        self._warned_of: set[tuple[str, str]] = set()
 
     # ------------------------------------------------------------- building
 
@@ -87,8 +78,9 @@ class TensorFlowEngine(Engine):
         model_state: dict[int, dict[str, Any]],
     ) -> None:
         super().build(plan, variables, state, model_state)
-        self._missing_gradients = MissingGradients(self.variables)
-        is_for_tpu = _compiles_steps(self.strategy)
+        self.is_lazy = self.optimizer.lazy
+        self.programs = Programs(self)
+        is_for_tpu = compiles_steps(self.strategy)
         self.plan = dataclasses.replace(self.plan, is_for_tpu=is_for_tpu)
         only_first = tf.VariableAggregation.ONLY_FIRST_REPLICA
         # Outside of what Keras and `tf.train.Checkpoint` track: their number
@@ -118,7 +110,7 @@ class TensorFlowEngine(Engine):
         self._check_context()
         received = map(self._received, gradients, indices)
         received = self._all_reduce_gradients(list(received))
-        programs, gradients, present = self._programs_for(received, indices)
+        programs, gradients, present = self.programs.of(received, indices)
         optimizer, scalars = self.optimizer, self.scalars(present)
         if len(programs) == 1:
             totals = self._known_totals(received, indices)
@@ -176,7 +168,7 @@ class TensorFlowEngine(Engine):
             gradient = tf.convert_to_tensor(gradient)
             is_known = gradient.shape.is_fully_defined()
             return gradient if is_known else tf.ensure_shape(gradient, shape)
-        if self.optimizer.lazy:
+        if self.is_lazy:
             values = tf.convert_to_tensor(gradient.values)
             return tf.IndexedSlices(values, tf.cast(gradient.indices, "int32"))
         # This sums rows that occur twice, before anything non-linear.
@@ -184,9 +176,11 @@ class TensorFlowEngine(Engine):
         return tf.convert_to_tensor(rows)
 
     def _all_reduce_gradients(self, gradients: list[Any]) -> list[Any]:
-        for_tpu = _compiles_steps(self.strategy)
+        if self.strategy.num_replicas_in_sync == 1:
+            return gradients
+        for_tpu = compiles_steps(self.strategy)
         reduce = reduction.all_reduce_rows if for_tpu else reduction.all_reduce
-        if self.gradient_dtype is None or self.strategy.num_replicas_in_sync == 1:
+        if self.gradient_dtype is None:
             return reduce(gradients)
         sent = [reduction.cast(g, self.gradient_dtype) for g in gradients]
         pairs = zip(reduce(sent), gradients, strict=True)
@@ -194,13 +188,13 @@ class TensorFlowEngine(Engine):
 
     def _known_totals(self, gradients: list[Any], indices: list[int]) -> dict | None:
         """What of all replicas is known before their programs run."""
-        dtypes = {self.variables[i].compute_dtype for i in indices}
-        if (
-            not reduction.share_memory(self.strategy)
-            or not self.plan.measures_received
-            or any(is_sparse(g) for g in gradients)
-            or {g.dtype.name for g in gradients} | dtypes != {self.scalar_dtype}
+        if self.strategy.num_replicas_in_sync == 1 or not (
+            reduction.share_memory(self.strategy) and self.plan.measures_received
         ):
+            return None
+        dtypes = {self.variables[i].compute_dtype for i in indices}
+        dtypes |= {g.dtype.name for g in gradients}
+        if any(is_sparse(g) for g in gradients) or dtypes != {self.scalar_dtype}:
             return None
         return {stages.GRADIENT: {"total": reduction.squared_norm(gradients)}}
 
@@ -250,7 +244,7 @@ class TensorFlowEngine(Engine):
 
     def scalars(self, present: Any = None) -> Scalars:
         optimizer = self.optimizer
-        agree = present is None and self._counts_agree()
+        agree = present is None and self.counts_agree()
         return Scalars(
             tf.convert_to_tensor(optimizer._iterations),
             tf.convert_to_tensor(optimizer.learning_rate),
@@ -262,7 +256,7 @@ class TensorFlowEngine(Engine):
             present=present,
         )
 
-    def _counts_agree(self) -> bool:
+    def counts_agree(self) -> bool:
         """Whether no variable missed an update, now and whenever this trace runs."""
         if self._missed is None:
             return True
@@ -279,111 +273,3 @@ class TensorFlowEngine(Engine):
         self.strategy.extended.update(
             tf_variable(variable), lambda v, x: v.assign(x), args=(value,)
         )
-
-    # ------------------------------------------------------------- programs
-
-    def _programs_for(
-        self, gradients: list[Any], indices: list[int]
-    ) -> tuple[list[Program], list[Any], Any]:
-        """The programs of this replica for gradients of these variables.
-
-        The first set of variables gets dedicated programs. All other sets, such as those
-        of stochastic depth, share programs that are told which gradients there are.
-
-        Returns:
-            The programs; the gradients that they take; a boolean for each variable,
-            whether it has a gradient, or None for programs of this set.
-        """
-        here = self._device_of(indices[0])
-        kinds = tuple(is_sparse(g) for g in gradients)
-        # What is watched runs as other operations than what isn't.
-        place = here, watchers()
-        key = (*place, tuple(indices), kinds)
-        usual = self._usual_sets.setdefault(place, key)
-        any_set = (*place, ANY_SET)
-        if not _shares_programs(self) or (
-            # A set that comes back isn't compiled anew for counts that differ by now.
-            key == usual and (any_set not in self._programs or self._counts_agree())
-        ):
-            if key not in self._programs:
-                self._programs[key] = self._make_programs(indices)
-            return self._programs[key], gradients, None
-        trained = self.trained_indices()
-        if any_set not in self._programs:
-            self._programs[any_set] = self._make_programs(trained)
-        given = dict(zip(indices, gradients, strict=True))
-        filled = [
-            self._missing_gradients.filled(
-                given.get(i), self.variables[i], self._device_of(i)
-            )
-            for i in trained
-        ]
-        present = np.zeros(len(self.state), bool)
-        present[indices] = True
-        return self._programs[any_set], filled, tf.constant(present)
-
-    def _device_of(self, index: int) -> str:
-        """Where a variable is, on this replica."""
-        return local_component(self.state[index]["weight"]).device
-
-    def _make_programs(self, indices: list[int]) -> list[Program]:
-        positions = {index: position for position, index in enumerate(indices)}
-        devices: dict[str, list[int]] = {}
-        for i in self.involved(indices):
-            devices.setdefault(self._device_of(i), []).append(i)
-        is_inlined = _compiles_steps(self.strategy)
-        programs = []
-        for device, members in devices.items():
-            variables = [self.variables[i] for i in members]
-            state = [mapped(local_component, self.state[i]) for i in members]
-            is_cpu = tf.DeviceSpec.from_string(device).device_type == "CPU"
-            update = shared_update(
-                device,
-                self.plan,
-                variables,
-                state,
-                is_compiled=not is_inlined
-                and self.compiles_on(device, variables, state),
-                is_inlined=is_inlined,
-                stacks_matrices=not is_cpu or is_inlined,
-                replicas=self.strategy.num_replicas_in_sync,
-            )
-            positions_here = [positions.get(i) for i in members]
-            programs.append(Program(update, state, positions_here))
-        return programs
-
-    def compiles_on(self, device: str, variables: list, state: list[dict]) -> bool:
-        """Whether XLA can run this optimizer's update on `device`."""
-        if watchers():
-            # Nor is a trial made, whose result would outlast the watching.
-            self._warn_of(device, "XLA can't compile the operations of `tf.debugging`")
-            return False
-        failure = xla.update_failure(
-            device, self.plan, variables, state, self.model_state
-        )
-        if failure is not None:
-            self._warn_of(device, failure.splitlines()[0])
-        return failure is None
-
-    def _warn_of(self, device: str, failure: str) -> None:
-        if (device, failure) in self._warned_of:
-            return
-        self._warned_of.add((device, failure))
-        log.warning(
-            "%s updates without XLA on %s: %s",
-            type(self.optimizer).__name__,
-            device,
-            failure,
-        )
-
-
-def _shares_programs(engine: TensorFlowEngine) -> bool:
-    """Whether all sets of variables with a gradient, but for the first, share programs."""
-    # A step that is compiled as a whole is traced for its set; lazy rows are to stay rows.
-    return not (_compiles_steps(engine.strategy) or engine.optimizer.lazy)
-
-
-def _compiles_steps(strategy: tf.distribute.Strategy) -> bool:
-    """Whether a strategy compiles whole steps, for TPU; see also `tf_effopt.tpu`."""
-    is_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
-    return is_tpu or getattr(strategy, "compiles_steps", False)

@@ -12,9 +12,14 @@ from collections.abc import Callable
 
 from tf_effopt.runtime import private_names
 
-_context = functools.cache(private_names.EAGER_CONTEXT.get)
-
 
 def watchers() -> tuple[Callable, ...]:
     """What TensorFlow calls for each operation of this thread."""
-    return tuple(private_names.attribute(_context()(), "op_callbacks"))
+    return tuple(_context_function()().op_callbacks)
+
+
+@functools.cache
+def _context_function() -> Callable:
+    function = private_names.EAGER_CONTEXT.get()
+    private_names.attribute(function(), "op_callbacks")
+    return function

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import keras
-
-
-def is_sparse(gradient: Any) -> bool:
-    """Whether a gradient holds rows only (`tf.IndexedSlices`)."""
-    return hasattr(gradient, "indices") and hasattr(gradient, "dense_shape")
 
 
 def outside_of_graphs() -> contextlib.AbstractContextManager:

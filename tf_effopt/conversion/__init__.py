@@ -1,0 +1,1 @@
+"""The state of optimizers whose slots differ from Keras's, out of Keras's files."""
