@@ -857,3 +857,19 @@ def test_a_loss_scale_that_was_loaded_goes_on_where_fit_builds(tmp_path):
         again.optimizer.variables, whole.optimizer.variables, strict=True
     ):
         np.testing.assert_array_equal(mine.numpy(), other.numpy())
+
+
+def test_what_replicas_exchange_is_saved(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    optimizer = tf_effopt.Muon(1e-3)
+    tf_effopt.distribute.compress_gradients(optimizer, "float16")
+    tf_effopt.distribute.divide_matrix_work(optimizer)
+    model.compile(optimizer, "mse")
+    model.save(path := tmp_path / "model.keras")
+    chosen = {"gradient_dtype": "float16", "divides_matrices": True}
+    loaded = keras.models.load_model(path).optimizer
+    again = tf_effopt.Muon.from_config(optimizer.get_config())
+    for other in (loaded, again, copy.deepcopy(optimizer)):
+        assert vars(other._engine.communication) == chosen
+        assert other.get_config()["communication"] == chosen
+    assert "communication" not in tf_effopt.Muon(1e-3).get_config()

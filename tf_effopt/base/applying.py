@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -19,6 +19,10 @@ from tf_effopt.base.checks import (
 )
 from tf_effopt.state.tensors import in_a_graph, outside_of_graphs
 from tf_effopt.state.variables import path_of, shape_of
+
+# What all gradients go through first: `(gradients, variables) -> gradients`. Empty but for
+# `distribute.prepare`, whose replicas may have nothing but stand-ins for examples.
+GRADIENT_FILTERS: list[Callable[[list, list], list]] = []
 
 
 class Applying(keras.optimizers.Optimizer):
@@ -55,6 +59,8 @@ class Applying(keras.optimizers.Optimizer):
         if self._frozen:
             kept = [k for k, i in enumerate(indices) if i not in self._frozen]
             grads, variables, indices = _chosen(kept, grads, variables, indices)
+        for gradient_filter in GRADIENT_FILTERS:
+            grads = gradient_filter(grads, variables)
         kept = with_a_gradient(grads, variables)
         grads, variables, indices = _chosen(kept, grads, variables, indices)
         if self._trained_by_gradient_values(variables):

@@ -103,8 +103,6 @@ class CarryingOver(keras.optimizers.Optimizer):
         other._decay_exclusions = self._decay_exclusions.copy(memo)
         if groups_are_kept and not settings:  # Else the user goes by paths as they are.
             other._known = self._known
-        other._engine.divides_matrices = self._engine.divides_matrices
-        other._engine.gradient_dtype = self._engine.gradient_dtype
         if self._state_to_load is not None:
             other._state_to_load = self._state_to_load
             other._numbers_before = self._numbers_before

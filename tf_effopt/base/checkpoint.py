@@ -8,9 +8,11 @@ from typing import Any, Self
 import keras
 import numpy as np
 
+from tf_effopt import runtime
 from tf_effopt.base import saving
 from tf_effopt.base.arguments import constructor_arguments
 from tf_effopt.base.configurable import serialized
+from tf_effopt.base.selection import Selection
 from tf_effopt.engine import counts
 from tf_effopt.runtime import keras_hooks
 from tf_effopt.state.variables import dtype_name, stand_in
@@ -18,6 +20,8 @@ from tf_effopt.state.variables import dtype_name, stand_in
 # In a configuration, besides the constructor's arguments.
 EXCLUSIONS = "exclude_from_weight_decay"
 BUILT_ON = "built_on"
+COMMUNICATION = "communication"
+BESIDES = EXCLUSIONS, BUILT_ON, COMMUNICATION
 # Arguments that are lists of objects.
 OBJECTS = ("transforms", "averaging", "groups")
 
@@ -38,6 +42,8 @@ class Saving(keras.optimizers.Optimizer):
             config[name] = [keras.saving.serialize_keras_object(x) for x in things]
         if self._decay_exclusions:
             config[EXCLUSIONS] = self._decay_exclusions.get_config()
+        if communication := self._engine.communication.get_config():
+            config[COMMUNICATION] = communication
         if self._known:
             config[BUILT_ON] = [[path, list(shape)] for path, shape in self._known]
         return config
@@ -46,16 +52,24 @@ class Saving(keras.optimizers.Optimizer):
     def from_config(cls, config: dict, custom_objects: dict | None = None) -> Self:
         """Makes an optimizer from what `get_config` returned."""
         config = dict(config)
-        exclusions = config.pop(EXCLUSIONS, None)
-        built_on = config.pop(BUILT_ON, ())
+        besides = {name: config.pop(name) for name in BESIDES if name in config}
         for name in OBJECTS:
             config[name] = [
                 keras.saving.deserialize_keras_object(x, custom_objects=custom_objects)
                 for x in config.get(name, ())
             ]
         optimizer = super().from_config(config, custom_objects=custom_objects)
-        optimizer._set_from_config(exclusions, built_on)
+        optimizer._set_from_config(besides)
         return optimizer
+
+    def _set_from_config(self, besides: dict[str, Any]) -> None:
+        """What a configuration has besides the constructor's arguments."""
+        if exclusions := besides.get(EXCLUSIONS):
+            self._decay_exclusions = Selection.of_saved(exclusions)
+        if built_on := besides.get(BUILT_ON):
+            self._known = [(path, tuple(shape)) for path, shape in built_on]
+        if communication := besides.get(COMMUNICATION):
+            self._engine.communication = runtime.Communication(**communication)
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the state, also one that was loaded and waits for `build`."""

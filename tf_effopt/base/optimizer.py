@@ -20,7 +20,10 @@ from tf_effopt.base.applying import Applying
 from tf_effopt.base.arguments import check_attribute, unknown_argument
 from tf_effopt.base.building import Building
 from tf_effopt.base.carrying_over import CarryingOver
-from tf_effopt.base.checkpoint import BUILT_ON, EXCLUSIONS, Saving
+from tf_effopt.base.checkpoint import (
+    BESIDES,
+    Saving,
+)
 from tf_effopt.base.checks import (
     as_int,
     check_lazy,
@@ -216,8 +219,7 @@ class Optimizer(
         name=None,
         **kwargs,
     ):
-        exclusions = kwargs.pop(EXCLUSIONS, None)
-        built_on = kwargs.pop(BUILT_ON, ())
+        besides = {name: kwargs.pop(name) for name in BESIDES if name in kwargs}
         if kwargs:
             raise ValueError(
                 unknown_argument(type(self), next(iter(kwargs)), Optimizer)
@@ -265,14 +267,7 @@ class Optimizer(
         self._may_skip_state = False
         self._unpickled_from: copies.Origin | None = None
         self._missed_to_load: np.ndarray | None = None
-        self._set_from_config(exclusions, built_on)
-
-    def _set_from_config(self, exclusions: Any, built_on: Any) -> None:
-        """What a configuration has besides the constructor's arguments."""
-        if exclusions:
-            self._decay_exclusions = Selection.of_saved(exclusions)
-        if built_on:
-            self._known = [(path, tuple(shape)) for path, shape in built_on]
+        self._set_from_config(besides)
 
     @classmethod
     def shared_arguments(cls) -> list[inspect.Parameter]:
@@ -289,13 +284,13 @@ class Optimizer(
     def check_given(cls, given: Iterable[str], known: Collection[str]) -> None:
         """Raises `ValueError` for an argument that isn't known, with the likest."""
         for name in given:
-            if name not in known and name not in (EXCLUSIONS, BUILT_ON):
+            if name not in known and name not in BESIDES:
                 raise ValueError(unknown_argument(cls, name, Optimizer))
 
     def configure(self, values: dict[str, Any]) -> None:
         """What a generated constructor does: Keras's part first."""
         shared = {x.name for x in Optimizer.shared_arguments()}
-        shared |= {"learning_rate", EXCLUSIONS, BUILT_ON}
+        shared |= {"learning_rate", *BESIDES}
         of_base = {name: x for name, x in values.items() if name in shared}
         Optimizer.__init__(self, **of_base)
         super().configure({k: x for k, x in values.items() if k not in shared})

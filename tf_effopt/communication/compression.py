@@ -18,7 +18,7 @@ def compress_gradients(optimizer: Any, dtype: str = "bfloat16") -> None:
     replicas rounds n - 1 times. float16 has 11, but needs a loss scale. All replicas
     get the same bits. On one device nothing changes.
 
-    It isn't saved with the optimizer: call it again after `load_model`.
+    It is part of the optimizer's configuration, and saved with it.
 
     Args:
         optimizer: of tf_effopt, or a `LossScaleOptimizer` around one, that isn't
@@ -42,4 +42,5 @@ def compress_gradients(optimizer: Any, dtype: str = "bfloat16") -> None:
             f"`dtype` must be one of {', '.join(map(repr, DTYPES))}. "
             f"Received: dtype={dtype!r}"
         )
-    checked(optimizer, "compress_gradients")._engine.gradient_dtype = dtype
+    inner = checked(optimizer, "compress_gradients")
+    inner._engine.communication.gradient_dtype = dtype

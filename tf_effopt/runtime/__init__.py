@@ -11,7 +11,9 @@ from typing import Any
 
 import keras
 
-from tf_effopt.runtime.base import Engine
+from tf_effopt.runtime.base import Communication, Engine
+
+__all__ = ["Communication", "Engine", "create", "without_autograph"]
 
 
 def create(optimizer: Any) -> Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,28 @@ from tf_effopt.engine.plan import (
 from tf_effopt.engine.updates import switched
 
 
+@dataclasses.dataclass
+class Communication:
+    """What replicas exchange besides their gradients, and how.
+
+    Attributes:
+        gradient_dtype: in which they sum up gradients; None: the gradients' own.
+        divides_matrices: whether each works on its share of the matrices.
+    """
+
+    gradient_dtype: str | None = None
+    divides_matrices: bool = False
+
+    def get_config(self) -> dict[str, Any]:
+        """What isn't as it is without a choice."""
+        default = Communication()
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if value != getattr(default, name)
+        }
+
+
 class Engine:
     """Runs the stages for one optimizer.
 
@@ -38,8 +61,7 @@ class Engine:
             isn't trained by a rule.
         model_state: owner -> letter -> Keras variable: the slots of rules for
             the whole model.
-        divides_matrices: whether each replica works on its share of the matrices.
-        gradient_dtype: in which replicas sum up gradients; None: their own.
+        communication: what replicas exchange.
         owners: whose hyperparameters there are: the optimizer, its stages and its
             groups.
     """
@@ -47,8 +69,7 @@ class Engine:
     def __init__(self, optimizer: Any):
         self.optimizer = optimizer
         self.owners: list[Any] = [optimizer]
-        self.divides_matrices = False
-        self.gradient_dtype: str | None = None
+        self.communication = Communication()
         self.state: list[dict | None] = []
         self.model_state: dict[int, dict[str, Any]] = {}
         self.variables: list[TrainedVariable | None] = []

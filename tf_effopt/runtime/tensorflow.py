@@ -124,7 +124,10 @@ class TensorFlowEngine(Engine):
                     for name in dict.fromkeys(name for s in sums for name in s)
                 }
         shares = [None] * len(programs)
-        if self.divides_matrices and self.strategy.num_replicas_in_sync > 1:
+        if (
+            self.communication.divides_matrices
+            and self.strategy.num_replicas_in_sync > 1
+        ):
             # No branch may hold this sum: it comes before the finite check's.
             shares = self._all_reduce_each(
                 [p.matrix_share(gradients, scalars, totals) for p in programs]
@@ -180,9 +183,10 @@ class TensorFlowEngine(Engine):
             return gradients
         for_tpu = compiles_steps(self.strategy)
         reduce = reduction.all_reduce_rows if for_tpu else reduction.all_reduce
-        if self.gradient_dtype is None:
+        dtype = self.communication.gradient_dtype
+        if dtype is None:
             return reduce(gradients)
-        sent = [reduction.cast(g, self.gradient_dtype) for g in gradients]
+        sent = [reduction.cast(g, dtype) for g in gradients]
         pairs = zip(reduce(sent), gradients, strict=True)
         return [reduction.cast(total, g.dtype) for total, g in pairs]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import keras
 
-from tf_effopt.base.optimizer import Optimizer
 from tf_effopt.runtime import private_names
 
 # What `shares` replaces, and by what.
@@ -23,11 +22,8 @@ OF_LOSSES = {
     private_names.UPDATE_METRIC: "update_metric",
     private_names.COMPUTE_MOMENTS: "compute_moments_sync",
 }
-OF_UPDATES = (  # which it replaces, too
-    (keras.optimizers.Optimizer, "apply"),
-    (keras.optimizers.LossScaleOptimizer, "apply"),
-    (Optimizer, "apply_and_check"),
-)
+# Whose `apply` it replaces, too. Ours has a hook for it.
+KERAS_OPTIMIZERS = keras.optimizers.Optimizer, keras.optimizers.LossScaleOptimizer
 
 
 def replace(owner: Any, name: str, mine: Any) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_effopt.base import applying
 from tf_effopt.runtime import private_names
 from tf_effopt.training import hooks
 
@@ -86,8 +87,9 @@ def install() -> None:
     """
     for name, mine in hooks.OF_LOSSES.items():
         hooks.replace(*name.place(), globals()[mine])
-    for owner, name in hooks.OF_UPDATES:
-        hooks.replace(owner, name, update)
+    for owner in hooks.KERAS_OPTIMIZERS:
+        hooks.replace(owner, "apply", update)
+    applying.GRADIENT_FILTERS.append(of_examples)
 
 
 def _is_part_of_another() -> bool:
@@ -203,16 +205,20 @@ def has_part(compute_loss: Any, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
 def update(
     original: Any, optimizer: Any, grads: Any, trainable_variables: Any = None
 ) -> Any:
-    """`apply` of an optimizer: gradients of what stands in for examples are 0."""
+    """`apply` of an optimizer of Keras."""
     if _here.weight is not None and not hasattr(grads, "shape"):
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
         variables = trainable_variables or optimizer._trainable_variables
-        grads = _of_examples(list(grads), variables)
+        grads = of_examples(grads, variables)
     return original(optimizer, grads, trainable_variables)
 
 
-def _of_examples(grads: list[Any], variables: list[Any]) -> list[Any]:
+def of_examples(grads: list[Any], variables: list[Any]) -> list[Any]:
+    """The gradients; those of what stands in for examples are 0."""
+    if _here.weight is None:
+        return grads
+    grads = list(grads)
     # Those of float8's scales are no gradients but what comes in their place.
     ours = [
         i
