@@ -146,7 +146,13 @@ TENSORFLOW = [
     "runtime/xla.py",
     *(
         f"training/{name}.py"
-        for name in ("fit", "hooks", "shares", "stand_ins", "whole_batches")
+        for name in (
+            "fit",
+            "keras_patches",
+            "loss_weighting",
+            "padding",
+            "data_sharding",
+        )
     ),
     *(f"tpu/{name}.py" for name in ("replicas", "report", "steps")),
 ]

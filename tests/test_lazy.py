@@ -30,7 +30,7 @@ def lazy_run(case) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
         slices = tf.IndexedSlices(tf.constant(values), tf.constant(ids))
         optimizer.apply([slices], [w])
     (tensors,) = optimizer._engine.state
-    slots = {letter: slot.numpy() for letter, slot in tensors["rule"].items()}
+    slots = {symbol: slot.numpy() for symbol, slot in tensors["rule"].items()}
     return w.numpy(), slots
 
 
@@ -53,8 +53,8 @@ def run_row_by_row(case) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         optimizer._engine.set_missed(None)
     state = optimizer._engine.state
     slots = {
-        letter: np.stack([tensors["rule"][letter].numpy() for tensors in state])
-        for letter in state[0]["rule"]
+        symbol: np.stack([tensors["rule"][symbol].numpy() for tensors in state])
+        for symbol in state[0]["rule"]
     }
     return np.stack(arrays(variables)), slots
 
@@ -68,8 +68,8 @@ def test_rows_move_as_if_each_was_a_variable(case):
     expected, expected_slots = run_row_by_row(case)
     np.testing.assert_allclose(w, expected, rtol=1e-6, atol=1e-7)
     assert slots.keys() == expected_slots.keys()
-    for letter, slot in expected_slots.items():
-        np.testing.assert_allclose(slots[letter], slot, rtol=1e-6, atol=1e-7)
+    for symbol, slot in expected_slots.items():
+        np.testing.assert_allclose(slots[symbol], slot, rtol=1e-6, atol=1e-7)
     untouched = [0, 2, 3]
     np.testing.assert_array_equal(w[untouched], table()[untouched])
     assert not np.allclose(w[[1, 4, 5]], table()[[1, 4, 5]])

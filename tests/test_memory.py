@@ -102,7 +102,7 @@ def test_adafactor_factors_only_where_it_saves():
         sum(int(np.prod(v.shape)) for v in tensors["rule"].values())
         for tensors in optimizer._engine.state
     ]
-    # Rows and columns of 3 x 4; of 5 x 3, twice.
+    # SparseRows and columns of 3 x 4; of 5 x 3, twice.
     assert kept == [8, 1, 8, 4, 3 + 4, 2 * (5 + 3)]
 
 

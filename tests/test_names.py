@@ -11,7 +11,7 @@ import pytest
 from cases import arrays
 
 import tf_effopt
-from tf_effopt.state.variables import known_by
+from tf_effopt.state.variables import resolve_renamed
 
 X = np.random.default_rng(0).normal(size=(16, 3, 8)).astype("float32")
 
@@ -74,7 +74,7 @@ def chosen(optimizer) -> list:
     return [
         (
             i in optimizer._frozen,
-            i in optimizer.undecayed,
+            i in optimizer._decay_exempt,
             v.part,
             v.matrices,
             sorted(v.stages),
@@ -130,8 +130,8 @@ def variables(*names, shape=(2,)):
 
 def test_the_same_paths_in_another_order_are_themselves():
     saved = [("dense", (2,)), ("dense_1", (2,))]
-    assert known_by(variables("dense_1", "dense"), saved) == saved[::-1]
-    assert known_by(variables("dense_1", "dense_2"), saved) == saved
+    assert resolve_renamed(variables("dense_1", "dense"), saved) == saved[::-1]
+    assert resolve_renamed(variables("dense_1", "dense_2"), saved) == saved
 
 
 def blocks(*names: str) -> keras.Sequential:
@@ -172,8 +172,8 @@ def test_carry_over_knows_the_variables_themselves():
 
 def test_variables_of_other_shapes_are_known_by_their_own_paths():
     saved = [("dense", (2,)), ("dense_1", (2,))]
-    assert known_by(variables("dense_3", "dense_4", shape=(3,)), saved) == [
+    assert resolve_renamed(variables("dense_3", "dense_4", shape=(3,)), saved) == [
         ("dense_3", (3,)),
         ("dense_4", (3,)),
     ]
-    assert known_by(variables("dense_3"), saved) == [("dense_3", (2,))]
+    assert resolve_renamed(variables("dense_3"), saved) == [("dense_3", (2,))]

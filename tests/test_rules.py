@@ -132,7 +132,7 @@ def test_every_public_optimizer_is_in_the_table():
 
 
 def test_adam_without_bias_correction_is_the_printed_rule():
-    """Section 3.2.5 of the article, to the letter."""
+    """Section 3.2.5 of the article, to the symbol."""
     rng = np.random.default_rng(1)
     theta = rng.normal(size=5)
     m = v = np.zeros(5)

@@ -491,7 +491,7 @@ EXCLUSIONS = {
 }
 
 
-def undecayed(model: keras.Model) -> list[int]:
+def _decay_exempt(model: keras.Model) -> list[int]:
     """Numbers of the variables that a step without gradient leaves alone."""
     variables = model.trainable_variables
     for v in variables:
@@ -511,13 +511,13 @@ def test_decay_exclusions_are_saved_and_have_effect(kind, trained, tmp_path):
     model = cases.compiled_model(tf_effopt.SGD(1.0, weight_decay=0.5))
     model.optimizer.exclude_from_weight_decay(**arguments(model))
     if trained:
-        assert undecayed(model) == expected
+        assert _decay_exempt(model) == expected
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert undecayed(loaded) == expected
+    assert _decay_exempt(loaded) == expected
     loaded.save(tmp_path / "again.keras")
     again = keras.models.load_model(tmp_path / "again.keras")
-    assert undecayed(again) == expected
+    assert _decay_exempt(again) == expected
 
 
 def test_decay_exclusion_tells_variables_of_equal_paths_apart(tmp_path):
@@ -526,9 +526,9 @@ def test_decay_exclusion_tells_variables_of_equal_paths_apart(tmp_path):
     one, two = model.trainable_variables
     assert one.path == two.path
     model.optimizer.exclude_from_weight_decay([two])
-    assert undecayed(model) == [1]
+    assert _decay_exempt(model) == [1]
     model.save(tmp_path / "model.keras")
-    assert undecayed(keras.models.load_model(tmp_path / "model.keras")) == [1]
+    assert _decay_exempt(keras.models.load_model(tmp_path / "model.keras")) == [1]
 
 
 def test_decay_exclusion_survives_copies():
@@ -540,7 +540,7 @@ def test_decay_exclusion_survives_copies():
         model.optimizer.carry_over(variables),
     ):
         model.optimizer = copied
-        assert undecayed(model) == [1]
+        assert _decay_exempt(model) == [1]
 
 
 def test_state_that_waits_for_the_build_isnt_lost(tmp_path):

@@ -33,7 +33,7 @@ def run(optimizer, start, gs, dtype="float32"):
 
 def slots_of(optimizer) -> dict[str, np.ndarray]:
     (tensors,) = optimizer._engine.state
-    return {letter: v.numpy() for letter, v in tensors["rule"].items()}
+    return {symbol: v.numpy() for symbol, v in tensors["rule"].items()}
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (7,), (), (2, 3, 4)])

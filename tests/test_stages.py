@@ -428,3 +428,26 @@ def test_a_stage_may_start_slots_at_the_weight():
     # The gradient is 1 and how far the weight has gone.
     weights = steps(SGD(0.5, transforms=[stage]), [1.0, 1.0, 1.0], start=3.0)
     assert weights == [2.5, 2.25, 2.125]
+
+
+def test_arguments_of_keras_make_stages():
+    optimizer = SGD(
+        0.1,
+        loss_scale_factor=2.0,
+        gradient_accumulation_steps=2,
+        clipnorm=1.0,
+        use_ema=True,
+        rounding="compensated",
+    )
+    optimizer.build([keras.Variable([1.0], dtype="bfloat16")])
+    plan = optimizer._engine.plan
+    assert {stage.key: stage.where for stage in plan.stages} == {
+        "loss_scale": "received",
+        "accumulation": "accumulation",
+        "clipnorm": "clipping",
+        "compensation": "write",
+        "ema": "average",
+    }
+    plain = SGD(0.1)
+    plain.build([keras.Variable([1.0])])
+    assert plain._engine.plan.stages == ()

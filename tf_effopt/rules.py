@@ -95,7 +95,7 @@ class ModelRule:
             scalars. The numbers are then keyword arguments of the tensors'
             rule. Its own keyword-only arguments are `t`, `learning_rate`, and
             hyperparameters.
-        slots: letter in the rule -> `(name that is saved, start)`.
+        slots: symbol in the rule -> `(name that is saved, start)`.
         measure: None, or `(g, slots, *, ...) -> sums`, called for each tensor
             before its rule, with what the rule may take and with `slots` of
             both: the tensor's, and the model's as keyword arguments. `sums`

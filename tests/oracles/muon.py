@@ -40,7 +40,7 @@ def newton_schulz(x, coefficients, margin=1.0):
 def muon(g, w, state, t, lr, settings):
     """Jordan et al. 2024 (kellerjordan.github.io/posts/muon), for a matrix.
 
-    Rows are inputs: `scale="original"` is sqrt(max(1, columns / rows)).
+    SparseRows are inputs: `scale="original"` is sqrt(max(1, columns / rows)).
     "match_rms_adamw" is Liu et al. 2025 (arXiv:2502.16982), equation 4. The
     momentum is a sum, as in the post's algorithm; Jordan's code takes the mean,
     in the same direction. What isn't a matrix is left to AdamW.

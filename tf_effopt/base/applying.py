@@ -153,7 +153,7 @@ class Applying(keras.optimizers.Optimizer):
         for g, variable, i in zip(grads, variables, indices, strict=True):
             if g is None:
                 continue
-            _, shape = self._known[i]
+            _, shape = self._built_on[i]
             if not same_shape(g, shape):
                 raise ValueError(
                     f"The gradient of {path_of(variable)} must have its shape "

@@ -9,11 +9,13 @@ from typing import Any
 from tf_effopt.base.configurable import fields
 from tf_effopt.base.groups import decay_of, multipliers_of
 from tf_effopt.base.roles_by_path import input_axes
-from tf_effopt.engine import ema
+from tf_effopt.engine import ema, keras_stages
 from tf_effopt.engine.plan import (
+    ACCUMULATION,
     CLIP_ARGUMENTS,
     COMPENSATION,
     EMA,
+    LOSS_SCALE,
     OPTIMIZER,
     RULE,
     Bound,
@@ -33,6 +35,7 @@ from tf_effopt.state.variables import dtype_name, shape_of
 STEP_ARGUMENTS = ("t", "counts", "learning_rate", "w", "noise", "input_axes")
 # What a function may ask for besides, by where it runs.
 FURTHER = {"update": ("g",), "write": ("g", "delta", "rounded")}
+WITHOUT_SLOTS = (*CLIP_ARGUMENTS, LOSS_SCALE)  # keys of stages that act on all
 # Numbers of Keras's arguments, which no rule has to name.
 STAGE_ARGUMENTS = (
     *CLIP_ARGUMENTS,
@@ -49,12 +52,9 @@ def make_plan(
     """Reads what is fixed off an optimizer and its variables."""
     numbers: dict[tuple[int, str], Any] = {}
     binder = Binder(optimizer, OPTIMIZER, numbers, optimizer.model_rule)
-    used = {}
     for name in STAGE_ARGUMENTS:
-        kind, value = getattr(type(optimizer), name), getattr(optimizer, name)
-        used[name] = not kind.is_off(value)
-        if used[name]:
-            numbers[OPTIMIZER, name] = kind
+        if _is_on(optimizer, name):
+            numbers[OPTIMIZER, name] = getattr(type(optimizer), name)
     stages = [
         *(x for pair in stage_owners(optimizer) for x in _bind_stage(*pair, numbers)),
         *_stages_of_keras(optimizer, state, binder),
@@ -68,9 +68,6 @@ def make_plan(
         upkeep=None if upkeep is None else binder.bind(upkeep),
         evaluation=binder.bind_evaluation(optimizer.evaluation),
         rounding=optimizer.rounding,
-        accumulation_steps=optimizer.gradient_accumulation_steps or 1,
-        clip=next((name for name in CLIP_ARGUMENTS if used[name]), None),
-        loss_scale=used["loss_scale_factor"],
         elementwise=optimizer.elementwise,
     )
     return plan, variables
@@ -90,13 +87,41 @@ def _stages_of_keras(
     optimizer: Any, state: list[dict | None], binder: Binder
 ) -> Iterator[BoundStage]:
     """Those that Keras's arguments make."""
-    if any(tensors is not None and COMPENSATION in tensors for tensors in state):
-        function = binder.bind(precision.compensated, further=FURTHER["write"])
-        yield BoundStage(COMPENSATION, OPTIMIZER, "write", function, elementwise=True)
-    if optimizer.use_ema:
-        yield BoundStage(
-            EMA, OPTIMIZER, "average", binder.bind(ema.ema), elementwise=True
+
+    def stage(key: str, where: str, function: Callable, **options: Any) -> BoundStage:
+        further = (*FURTHER.get(where, ()), *options.pop("further", ()))
+        bound = binder.bind(function, options.pop("settings", ()), further)
+        return BoundStage(key, OPTIMIZER, where, bound, **options)
+
+    if _is_on(optimizer, "loss_scale_factor"):
+        yield stage(LOSS_SCALE, "received", keras_stages.unscaled, elementwise=True)
+    if steps := optimizer.gradient_accumulation_steps:
+        yield stage(
+            ACCUMULATION,
+            "accumulation",
+            keras_stages.accumulated,
+            settings={"steps": steps},
+            elementwise=True,
         )
+    for name, function in keras_stages.BY_CLIP_ARGUMENT.items():
+        if _is_on(optimizer, name):
+            yield stage(
+                name,
+                "clipping",
+                function,
+                further=("first", "second"),
+                clips=True,
+                elementwise=name != "clipnorm",
+            )
+    if any(tensors is not None and COMPENSATION in tensors for tensors in state):
+        yield stage(COMPENSATION, "write", precision.compensated, elementwise=True)
+    if optimizer.use_ema:
+        yield stage(EMA, "average", ema.ema, elementwise=True)
+
+
+def _is_on(optimizer: Any, name: str) -> bool:
+    kind = getattr(type(optimizer), name)
+    return not kind.is_off(getattr(optimizer, name))
 
 
 def _describe(
@@ -122,7 +147,7 @@ def _describe(
         weight = tensors["weight"]
         multipliers = multipliers_of(i, groups)
         decay = None
-        if i not in optimizer.undecayed:
+        if i not in optimizer._decay_exempt:
             decay = decay_of(i, groups) or _decay_of_part(optimizer, part)
         for owner, name in (*multipliers, *([decay] if decay else [])):
             binder.numbers[owner, name] = getattr(type(owners[owner]), name)
@@ -144,7 +169,7 @@ def _describe(
                 decays=decay is not None and "weight_decay" not in rule.names,
                 decay=decay,
                 matrices=part.matrices,
-                input_axes=input_axes(*optimizer._known[i]),
+                input_axes=input_axes(*optimizer._built_on[i]),
                 starts_at_weight=tuple(_starting_at_weight(part, passed)),
             )
         )
@@ -165,7 +190,7 @@ def _decay_of_part(optimizer: Any, part: Any) -> tuple[int, str] | None:
 
 
 def _starting_at_weight(part: Part, passed: dict[int, Any]) -> Iterator[tuple]:
-    """The key of the rule or stage, and the letter, of each slot that does."""
+    """The key of the rule or stage, and the symbol, of each slot that does."""
     groups = [(RULE, group) for group in part.groups()]
     groups += [(key_of(*pair), each_slot(pair[1].slots)) for pair in passed.items()]
     for key, slots in groups:
@@ -184,8 +209,8 @@ def _acts_on(
         # An average would move what is to stay.
         if index in optimizer._frozen and stage.where == "average":
             return False
-        return passed[stage.owner].acts_on(*optimizer._known[index])
-    return stage.key in tensors
+        return passed[stage.owner].acts_on(*optimizer._built_on[index])
+    return stage.key in tensors or stage.key in WITHOUT_SLOTS
 
 
 def _bind_stage(
@@ -292,7 +317,6 @@ class Binder:
         return BoundModelRule(
             rule=self.bind(model.rule),
             measure=None if model.measure is None else self.bind(model.measure),
-            starts={letter: start for letter, (_, start) in model.slots.items()},
             each_count=model.each_count,
         )
 

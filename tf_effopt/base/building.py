@@ -26,7 +26,7 @@ from tf_effopt.engine.plan import (
 from tf_effopt.rules import Part, Slot, each_slot, slot_groups
 from tf_effopt.runtime import private_names
 from tf_effopt.state.precision import compute_dtype, is_narrow
-from tf_effopt.state.variables import dtype_name, known_by, path_of, shape_of
+from tf_effopt.state.variables import dtype_name, path_of, resolve_renamed, shape_of
 
 
 class Building(keras.optimizers.Optimizer):
@@ -58,10 +58,13 @@ class Building(keras.optimizers.Optimizer):
                 if not self._overwrite_variable_with_gradient(variable):
                     check_dtype(variable)
                     self._engine.check_variable(variable)
-            saved, self._known = self._known, known_by(variables, self._known)
-            if set(self._known) < set(saved):
-                self._known_before = saved
-            self._find_members(Trained(variables, [path for path, _ in self._known]))
+            saved, self._built_on = (
+                self._built_on,
+                resolve_renamed(variables, self._built_on),
+            )
+            if set(self._built_on) < set(saved):
+                self._built_on_before = saved
+            self._find_members(Trained(variables, [path for path, _ in self._built_on]))
             with self._engine.building():
                 super().build(variables)  # averages, then accumulators
                 state, parts = self._build_state(variables)
@@ -90,11 +93,11 @@ class Building(keras.optimizers.Optimizer):
 
     def _find_members(self, trained: Trained) -> None:
         for group in self.groups:
-            group.find(trained, some_are_gone=bool(self._known_before))
+            group.find(trained, is_subset=bool(self._built_on_before))
         check_overlaps(self.groups, trained.paths)
         self._frozen = frozen_indices(self.groups)
         found = self._decay_exclusions.find(trained)
-        self.undecayed = frozenset(i for places in found for i in places)
+        self._decay_exempt = frozenset(i for places in found for i in places)
 
     def _build_state(
         self, variables: list[Any]
@@ -103,7 +106,7 @@ class Building(keras.optimizers.Optimizer):
         own = [not self._overwrite_variable_with_gradient(v) for v in variables]
         parts = [
             part if is_own else None
-            for part, is_own in zip(self.parts(self._known), own, strict=True)
+            for part, is_own in zip(self.parts(self._built_on), own, strict=True)
         ]
         state: list[dict | None] = [
             {"weight": v, RULE: {}} if is_own else None
@@ -112,8 +115,8 @@ class Building(keras.optimizers.Optimizer):
         self._slots_start = len(self.variables)
         for group in slot_groups(parts):
             for tensors, slots in zip(state, group, strict=True):
-                for letter, slot in slots.items():
-                    tensors[RULE][letter] = self._add_slot(tensors["weight"], slot)
+                for symbol, slot in slots.items():
+                    tensors[RULE][symbol] = self._add_slot(tensors["weight"], slot)
         trained = [(i, tensors) for i, tensors in enumerate(state) if tensors]
         for i, tensors in trained:
             if self.gradient_accumulation_steps:
@@ -128,10 +131,10 @@ class Building(keras.optimizers.Optimizer):
         for number, stage in stage_owners(self):
             slots = each_slot(stage.slots)
             for i, tensors in trained if slots else ():
-                if stage.acts_on(*self._known[i]):
+                if stage.acts_on(*self._built_on[i]):
                     tensors[key_of(number, stage)] = {
-                        letter: self._add_slot(tensors["weight"], slot)
-                        for letter, slot in slots.items()
+                        symbol: self._add_slot(tensors["weight"], slot)
+                        for symbol, slot in slots.items()
                     }
         return state, parts
 
@@ -146,8 +149,8 @@ class Building(keras.optimizers.Optimizer):
                 slots[EVALUATING] = (EVALUATING, 0.0)
             if slots or owner.model_rule:  # A rule may have none.
                 made[number] = {}
-            for letter, (name, start) in slots.items():
-                made[number][letter] = self.add_variable(
+            for symbol, (name, start) in slots.items():
+                made[number][symbol] = self.add_variable(
                     shape=(),
                     initializer=_filled_with(start),
                     dtype=dtype,

@@ -42,12 +42,14 @@ class CarryingOver(keras.optimizers.Optimizer):
             An optimizer with this one's settings, built on `variables`.
         """
         other = self._unbuilt_copy(groups=groups, settings=settings)
-        if other._known and self.built:
+        if other._built_on and self.built:
             own = {
                 self._var_key(v): known
-                for v, known in zip(self._trainable_variables, self._known, strict=True)
+                for v, known in zip(
+                    self._trainable_variables, self._built_on, strict=True
+                )
             }
-            other._known = [
+            other._built_on = [
                 own.get(self._var_key(v), known)
                 for v, known in zip(variables, paths_and_shapes(variables), strict=True)
             ]
@@ -102,7 +104,7 @@ class CarryingOver(keras.optimizers.Optimizer):
             other = type(self)(**config)
         other._decay_exclusions = self._decay_exclusions.copy(memo)
         if groups_are_kept and not settings:  # Else the user goes by paths as they are.
-            other._known = self._known
+            other._built_on = self._built_on
         if self._state_to_load is not None:
             other._state_to_load = self._state_to_load
             other._numbers_before = self._numbers_before

@@ -15,7 +15,7 @@ from tf_effopt.base.configurable import serialized
 from tf_effopt.base.selection import Selection
 from tf_effopt.engine import counts
 from tf_effopt.runtime import keras_hooks
-from tf_effopt.state.variables import dtype_name, stand_in
+from tf_effopt.state.variables import dtype_name, placeholder
 
 # In a configuration, besides the constructor's arguments.
 EXCLUSIONS = "exclude_from_weight_decay"
@@ -44,8 +44,8 @@ class Saving(keras.optimizers.Optimizer):
             config[EXCLUSIONS] = self._decay_exclusions.get_config()
         if communication := self._engine.communication.get_config():
             config[COMMUNICATION] = communication
-        if self._known:
-            config[BUILT_ON] = [[path, list(shape)] for path, shape in self._known]
+        if self._built_on:
+            config[BUILT_ON] = [[path, list(shape)] for path, shape in self._built_on]
         return config
 
     @classmethod
@@ -67,7 +67,7 @@ class Saving(keras.optimizers.Optimizer):
         if exclusions := besides.get(EXCLUSIONS):
             self._decay_exclusions = Selection.of_saved(exclusions)
         if built_on := besides.get(BUILT_ON):
-            self._known = [(path, tuple(shape)) for path, shape in built_on]
+            self._built_on = [(path, tuple(shape)) for path, shape in built_on]
         if communication := besides.get(COMMUNICATION):
             self._engine.communication = runtime.Communication(**communication)
 
@@ -190,7 +190,7 @@ class Saving(keras.optimizers.Optimizer):
             return
         variables = self.variables
         state = self._in_this_layout(state)
-        if self._known_before and not saving.fits(state, variables):
+        if self._built_on_before and not saving.fits(state, variables):
             self._assign_some_of(state)
             return
         saving.check_fits(self.name, state, variables)
@@ -227,16 +227,16 @@ class Saving(keras.optimizers.Optimizer):
     def _assign_some_of(self, state: list[np.ndarray]) -> None:
         """Assigns what is of the variables that are still trained."""
         whole = self._unbuilt_copy(groups=[])
-        whole._known, whole._state_to_load = self._known_before, None
+        whole._built_on, whole._state_to_load = self._built_on_before, None
         dtypes = [dtype_name(v) for v in self._trainable_variables]
         dtype = dtypes[0] if dtypes else None
         with self._engine.building(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `build` has said what there is to say.
-            whole.build([stand_in(*known, dtype) for known in whole._known])
+            whole.build([placeholder(*known, dtype) for known in whole._built_on])
             whole._assign_state(state)
             whole._missed_to_load = self._missed_to_load
             whole._assign_missed()
-        places = [whole._known.index(known) for known in self._known]
+        places = [whole._built_on.index(known) for known in self._built_on]
         self._take_state(whole, places)
         self._missed_to_load = self._engine.missed()
         for mine, other in zip(self._numbers(), whole._numbers(), strict=True):

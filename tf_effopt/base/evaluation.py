@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from tf_effopt.base import description
+from tf_effopt.base import summary
 from tf_effopt.engine.plan import EVALUATING, OPTIMIZER
 from tf_effopt.runtime import keras_hooks
 
@@ -43,7 +43,7 @@ class Evaluating(keras.optimizers.Optimizer):
             )
         skipped = self.skipped_steps or 0
         if skipped > self._skipped_before:
-            names = description.not_finite(self)
+            names = summary.not_finite(self)
             advice = (
                 "If it isn't for loss scaling that finds its scale, look for a "
                 "division by zero or a too high learning rate."

@@ -42,7 +42,7 @@ class Multiplier(NonNegative):
     def __set__(self, group: Group, value: Any) -> None:
         if group.built and self.check(value) != 1:
             optimizer = group._engine.optimizer
-            paths = [path for path, _ in optimizer._known]
+            paths = [path for path, _ in optimizer._built_on]
             others = [x for x in optimizer.groups if x is not group]
             for other in others:
                 _check_pair(group, other, [self.name], paths, set_now=True)
@@ -141,12 +141,12 @@ class Group(Settings):
         self.frozen = frozen
         self.optional = optional
 
-    def find(self, trained: Trained, some_are_gone: bool = False) -> None:
+    def find(self, trained: Trained, is_subset: bool = False) -> None:
         """Finds its variables among those that its optimizer is built on.
 
         Args:
             trained: these variables.
-            some_are_gone: whether the group has been found among these and others.
+            is_subset: whether the group has been found among these and others.
 
         Raises:
             ValueError: a member isn't there, and the group isn't optional.
@@ -162,7 +162,7 @@ class Group(Settings):
             # Beside others, a layer without weights, such as an activation, may stand.
             if not of and not (any(found) and has_no_weights(member))
         ]
-        if lost and not (self.optional or some_are_gone):
+        if lost and not (self.optional or is_subset):
             raise ValueError(
                 f"{self!r} has members that are none of the "
                 f"{len(trained.variables)} variables that the optimizer is built on:\n"

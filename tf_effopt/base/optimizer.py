@@ -15,7 +15,7 @@ import numpy as np
 
 from tf_effopt import hyperparameters as hp
 from tf_effopt import runtime
-from tf_effopt.base import copies, description, overrides, representation
+from tf_effopt.base import copies, overrides, representation, summary
 from tf_effopt.base.applying import Applying
 from tf_effopt.base.arguments import check_attribute, unknown_argument
 from tf_effopt.base.building import Building
@@ -258,10 +258,10 @@ class Optimizer(
         self._part: Part | None = None
         self._skipped_before = 0
         self._decay_exclusions = Selection()
-        self.undecayed: frozenset[int] = frozenset()
+        self._decay_exempt: frozenset[int] = frozenset()
         self._frozen: frozenset[int] = frozenset()
-        self._known: list[tuple[str, tuple[int, ...]]] = []  # what it was built on
-        self._known_before: list[tuple[str, tuple[int, ...]]] = []  # and some more
+        self._built_on: list[tuple[str, tuple[int, ...]]] = []  # what it was built on
+        self._built_on_before: list[tuple[str, tuple[int, ...]]] = []  # and some more
         self._state_to_load = None
         self._numbers_before: list[np.ndarray] = []  # this was loaded
         self._may_skip_state = False
@@ -386,7 +386,7 @@ class Optimizer(
         small/logits/kernel  (8, 2)  x 1            0.004
         small/logits/bias    (2,)    x 1            0
         """
-        return description.described(self, of)
+        return summary.described(self, of)
 
 
 Optimizer.__init__.made_of_fields = True  # A subclass that declares more gets its own.

@@ -73,14 +73,14 @@ class RoutedByRole(Optimizer):
             self._warn_of_routing()
 
     def _warn_of_routing(self) -> None:
-        parts = self.parts(self._known)
+        parts = self.parts(self._built_on)
         rows = [
             f"{part.name:5}  {path}  {shape}"
-            for (path, shape), part in zip(self._known, parts, strict=True)
+            for (path, shape), part in zip(self._built_on, parts, strict=True)
             if len(shape) > 1
         ]
-        if self._known and all(part is self.other_part for part in parts):
-            lora = any("lora" in path.lower() for path, _ in self._known)
+        if self._built_on and all(part is self.other_part for part in parts):
+            lora = any("lora" in path.lower() for path, _ in self._built_on)
             why = " (adapters of LoRA aren't hidden matrices)" if lora else ""
             warnings.warn(
                 f"{self.name} trains no variable by {type(self).__name__}: none of the "

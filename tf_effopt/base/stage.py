@@ -147,11 +147,11 @@ class Stage(Settings):
         """Whether its function acts on the variable of this path."""
         return True
 
-    def slot(self, letter: str) -> float:
+    def slot(self, symbol: str) -> float:
         """The value of a slot of `model_rule` now; 0 before the first step."""
         if not self.built:
             return 0.0
-        return self._engine.model_slot(self, letter)
+        return self._engine.model_slot(self, symbol)
 
     def __repr__(self) -> str:
         return representation.shown(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tf_effopt.communication.unbuilt import checked
+from tf_effopt.communication.unbuilt import require_unbuilt
 
 DTYPES = ("bfloat16", "float16")
 
@@ -42,5 +42,5 @@ def compress_gradients(optimizer: Any, dtype: str = "bfloat16") -> None:
             f"`dtype` must be one of {', '.join(map(repr, DTYPES))}. "
             f"Received: dtype={dtype!r}"
         )
-    inner = checked(optimizer, "compress_gradients")
+    inner = require_unbuilt(optimizer, "compress_gradients")
     inner._engine.communication.gradient_dtype = dtype

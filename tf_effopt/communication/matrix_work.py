@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tf_effopt.communication.unbuilt import checked
+from tf_effopt.communication.unbuilt import require_unbuilt
 
 
 def divide_matrix_work(optimizer: Any) -> None:
@@ -39,7 +39,7 @@ def divide_matrix_work(optimizer: Any) -> None:
     ...     optimizer = tf_effopt.Muon(1e-3)
     >>> tf_effopt.distribute.divide_matrix_work(optimizer)
     """
-    inner = checked(optimizer, "divide_matrix_work")
+    inner = require_unbuilt(optimizer, "divide_matrix_work")
     if inner.gradient_accumulation_steps:
         raise ValueError(
             "`divide_matrix_work` can't be combined with gradient accumulation: no "

@@ -9,7 +9,7 @@ import keras
 from tf_effopt.base.optimizer import Optimizer
 
 
-def checked(optimizer: Any, function: str) -> Optimizer:
+def require_unbuilt(optimizer: Any, function: str) -> Optimizer:
     """The optimizer of tf_effopt that `function` was given, not built yet.
 
     Raises:

@@ -15,8 +15,8 @@ def muon_slots(
     # Keras's has one slot for what it takes for matrices, else two, in the
     # order of the variables; its choice isn't ours.
     saved, slots = list(saved), []
-    parts = optimizer.parts(optimizer._known)
-    for (path, shape), part in zip(optimizer._known, parts, strict=True):
+    parts = optimizer.parts(optimizer._built_on)
+    for (path, shape), part in zip(optimizer._built_on, parts, strict=True):
         has_velocity = _is_adam_of_keras(optimizer, path, shape)
         theirs, saved = saved[: 1 + has_velocity], saved[1 + has_velocity :]
         if any(x.shape != shape for x in theirs) or len(theirs) < 1 + has_velocity:

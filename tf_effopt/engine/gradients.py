@@ -13,14 +13,13 @@ from tf_effopt.engine import clipping
 from tf_effopt.engine.arguments import Arguments
 from tf_effopt.engine.inputs import Inputs, kept, own_arguments, run_stage
 from tf_effopt.engine.plan import (
-    ACCUMULATION,
     EVALUATING,
     OPTIMIZER,
     BoundModelRule,
     BoundStage,
     TrainedVariable,
 )
-from tf_effopt.engine.sparse import Rows
+from tf_effopt.engine.sparse import SparseRows
 
 GRADIENT = "gradient"  # the phase of the finite check and of clipping
 LARGE = 131072  # elements, at least: of them a TPU has the product sooner than squares
@@ -28,25 +27,37 @@ LARGE = 131072  # elements, at least: of them a TPU has the product sooner than 
 
 def unscaled(inputs: Inputs) -> list[Any]:
     """Stage 3: gradients in the dtype of the arithmetic, loss scaling undone."""
-    arguments = Arguments(inputs.plan, inputs.scalars)
-
-    def unscale(v: TrainedVariable, x: Any) -> Any:
-        x = ops.cast(x, v.compute_dtype)
-        if not inputs.plan.loss_scale:
-            return x
-        return x / arguments.number(OPTIMIZER, "loss_scale_factor", v.compute_dtype)
-
-    return [
-        _elementwise(functools.partial(unscale, v), g)
+    gradients = [
+        _elementwise(functools.partial(ops.cast, dtype=v.compute_dtype), g)
         for v, g in zip(inputs.variables, inputs.gradients, strict=True)
     ]
+    arguments = Arguments(inputs.plan, inputs.scalars)
+    for stage in inputs.plan.at("received"):
+        gradients = [
+            _changed(stage, v, g, arguments)
+            for v, g in zip(inputs.variables, gradients, strict=True)
+        ]
+    return gradients
+
+
+def _changed(
+    stage: BoundStage, v: TrainedVariable, g: Any, arguments: Arguments, **further: Any
+) -> Any:
+    """A gradient after a stage of one of Keras's arguments, which has no slots."""
+    given = further | {
+        name: arguments.number(stage.owner, name, v.compute_dtype)
+        for name in stage.function.names
+        if name not in further
+    }
+    return _elementwise(lambda x: stage(x, {}, arguments=given)[0], g)
 
 
 def _elementwise(function: Callable, gradient: Any) -> Any:
     """Applies a function that maps 0 to 0 to a gradient of any kind."""
     if gradient is None:
         return None
-    return gradient.map(function) if isinstance(gradient, Rows) else function(gradient)
+    is_sparse = isinstance(gradient, SparseRows)
+    return gradient.map(function) if is_sparse else function(gradient)
 
 
 def measured_numbers(inputs: Inputs, gradients: list[Any]) -> list[Any]:
@@ -61,7 +72,7 @@ def measured_numbers(inputs: Inputs, gradients: list[Any]) -> list[Any]:
         gradients = accumulated(inputs, gradients)
     seen = inputs.seen(gradients)
     products, squares = [], seen
-    if plan.checks_by_products:
+    if plan.checks_finite_by_products:
         products = [_sum_by_product(g) for g in seen if _is_large(g)]
         squares = [g for g in seen if not _is_large(g)]
     alone = plan.clip == "clipnorm"
@@ -92,27 +103,30 @@ def sum_of(numbers: list[Any], dtype: str) -> Any:
 
 def accumulated(inputs: Inputs, gradients: list[Any]) -> list[Any]:
     """Stage 4: the mean gradient of this update, should it be due."""
-    n = inputs.plan.accumulation_steps
-    if n == 1:
-        return gradients
-    return [
-        None if g is None else (s[ACCUMULATION]["sum"] + g) / n
-        for s, g in zip(inputs.state, gradients, strict=True)
-    ]
+    for stage in inputs.plan.at("accumulation"):
+        gradients = [
+            None if g is None else stage(g, tensors[stage.key], arguments={})[0]
+            for tensors, g in zip(inputs.state, gradients, strict=True)
+        ]
+    return gradients
 
 
 def accumulators(
     inputs: Inputs, gradients: list[Any], mark: Any, finite: Any
 ) -> list[dict]:
     """Stage 4, what is kept: `mark` is 1 after a micro-step, 0 after an update."""
+    (stage,) = inputs.plan.at("accumulation")
     after = []
     for i, (tensors, g) in enumerate(zip(inputs.state, gradients, strict=True)):
-        before = tensors[ACCUMULATION]["sum"]
-        grown = before if g is None else before + g
+        before = tensors[stage.key]
+        grown = before if g is None else stage(g, before, arguments={})[1]
         grown = inputs.if_present(i, grown, before)
-        # Not a product: the sum of finite gradients may be infinite.
-        grown = ops.where(mark > 0, grown, ops.zeros_like(grown))
-        after.append({ACCUMULATION: {"sum": ops.where(finite, grown, before)}})
+        kept_sums = {}
+        for name, x in grown.items():
+            # Not a product: the sum of finite gradients may be infinite.
+            x = ops.where(mark > 0, x, ops.zeros_like(x))
+            kept_sums[name] = ops.where(finite, x, before[name])
+        after.append({stage.key: kept_sums})
     return after
 
 
@@ -120,23 +134,23 @@ def clipped_gradients(
     inputs: Inputs, gradients: list[Any], factors: Iterator[tuple[Any, Any]] | None
 ) -> list[Any]:
     """Stage 5; `factors` yields for each gradient those that clip it by a norm."""
-    plan = inputs.plan
-    if plan.clip is None:
-        return gradients
-    arguments = Arguments(plan, inputs.scalars)
+    arguments = Arguments(inputs.plan, inputs.scalars)
 
-    def clipped(v: TrainedVariable, g: Any) -> Any:
+    def clipped(stage: BoundStage, v: TrainedVariable, g: Any) -> Any:
         if g is None:
             return None
-        if plan.clip == "clipvalue":
-            limit = arguments.number(OPTIMIZER, plan.clip, v.compute_dtype)
-            return _elementwise(lambda x: clipping.clip_by_value(x, limit), g)
-        first, second = (ops.cast(x, v.compute_dtype) for x in next(factors))
-        return _elementwise(
-            lambda x: clipping.multiplied(x, first=first, second=second), g
-        )
+        further = {}
+        if factors is not None:
+            pair = (ops.cast(x, v.compute_dtype) for x in next(factors))
+            further = dict(zip(("first", "second"), pair, strict=True))
+        return _changed(stage, v, g, arguments, **further)
 
-    return list(map(clipped, inputs.variables, gradients))
+    for stage in inputs.plan.at("clipping"):
+        gradients = [
+            clipped(stage, v, g)
+            for v, g in zip(inputs.variables, gradients, strict=True)
+        ]
+    return gradients
 
 
 class Transformed:
@@ -146,7 +160,7 @@ class Transformed:
         gradients: after the stages that have run.
         slots: for each variable key -> the next slots of the stages that have run.
         arguments: with the numbers that the model rules have returned.
-        model: owner -> letter -> the model's slots, next ones where a rule ran.
+        model: owner -> symbol -> the model's slots, next ones where a rule ran.
         skips: whether a stage wants the step to be skipped.
 
     Args:
@@ -307,8 +321,8 @@ class Transformed:
             if g is None:
                 continue
             arguments = self._arguments(v, owner) | {
-                letter: ops.cast(x, v.compute_dtype)
-                for letter, x in self.inputs.scalars.model[owner].items()
+                symbol: ops.cast(x, v.compute_dtype)
+                for symbol, x in self.inputs.scalars.model[owner].items()
             }
             arguments |= own_arguments(v, tensors, model.measure, self.arguments)
             slots = self.inputs.slots(v, tensors)

@@ -20,7 +20,7 @@ from tf_effopt.engine.plan import (
     Scalars,
     TrainedVariable,
 )
-from tf_effopt.engine.sparse import Rows
+from tf_effopt.engine.sparse import SparseRows
 from tf_effopt.state import precision, random
 
 
@@ -31,7 +31,7 @@ class Inputs:
     Attributes:
         state: for each variable a dict of tensors: `weight`, and under the key of the
             rule and of each stage a dict of its slots.
-        gradients: for each variable a dense tensor, `Rows`, or None (only
+        gradients: for each variable a dense tensor, `SparseRows`, or None (only
             its average moves).
         scalars: the numbers of this step.
         totals: phase -> sums over all devices, those known so far; what is missing
@@ -97,7 +97,7 @@ class Inputs:
         for i, g in enumerate(gradients):
             if g is None:
                 continue
-            g = g.unique if isinstance(g, Rows) else g
+            g = g.unique if isinstance(g, SparseRows) else g
             is_present = self.is_present(i)
             if is_present is not None:
                 g = ops.where(is_present, g, ops.zeros_like(g))
@@ -130,10 +130,10 @@ class Inputs:
         """
         kept = tensors.get(key, {})  # A stage without slots has no entry.
         slots = {k: ops.cast(x, v.compute_dtype) for k, x in kept.items()}
-        for of, letter in v.starts_at_weight:
+        for of, symbol in v.starts_at_weight:
             if of == key:
                 w = ops.cast(tensors["weight"], v.compute_dtype)
-                slots[letter] = ops.where(self._count(v) == 1, w, slots[letter])
+                slots[symbol] = ops.where(self._count(v) == 1, w, slots[symbol])
         return slots
 
 
@@ -146,10 +146,10 @@ def kept(slots: dict, variables: dict, bits: Any = None) -> dict[str, Any]:
         bits: random ones, to round stochastically what is narrower.
     """
     return {
-        letter: precision.store(
-            slots[letter], keras.backend.standardize_dtype(x.dtype), bits
+        symbol: precision.store(
+            slots[symbol], keras.backend.standardize_dtype(x.dtype), bits
         )
-        for letter, x in variables.items()
+        for symbol, x in variables.items()
     }
 
 

@@ -173,7 +173,7 @@ def _together(
         rule = share.of(rule, sum(views[i].count for i in members))
     delta, after = rule(
         stacked([gradients[i] for i in members]),
-        {letter: stacked([x[letter] for x in slots]) for letter in slots[0]},
+        {symbol: stacked([x[symbol] for x in slots]) for symbol in slots[0]},
         own,
     )
     steps, start = {}, 0
@@ -182,10 +182,10 @@ def _together(
         steps[i] = (
             views[i].from_matrices(delta[start:end]),
             {
-                letter: views[i].from_matrices(x[start:end])
-                if tuple(before[letter].shape) == views[i].shape
+                symbol: views[i].from_matrices(x[start:end])
+                if tuple(before[symbol].shape) == views[i].shape
                 else x[start:end]
-                for letter, x in after.items()
+                for symbol, x in after.items()
             },
         )
         start = end

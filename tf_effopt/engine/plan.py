@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ RULE = "rule"  # the key of the rule's slots; further keys are those of stages
 ACCUMULATION = "accumulation"
 COMPENSATION = "compensation"
 EMA = "ema"
+LOSS_SCALE = "loss_scale"
 
 
 class UnknownArgument(TypeError):
@@ -59,11 +61,10 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True)
 class BoundModelRule:
-    """A `ModelRule`, bound; `starts` are its slots' first values."""
+    """A `ModelRule`, bound."""
 
     rule: Bound
     measure: Bound | None
-    starts: dict[str, float]
     each_count: bool = False
 
 
@@ -137,7 +138,7 @@ class TrainedVariable:
         decay: the owner and the name of the number that decays it; None for none.
         matrices: how the rule looks at it; None if as it is.
         input_axes: those along which the weights of an output unit lie.
-        starts_at_weight: the key of the rule or stage and the letter of the slots that
+        starts_at_weight: the key of the rule or stage and the symbol of the slots that
             do.
         is_stack: whether it is several variables, along the first axis of each tensor.
         members: the indices of a stack's variables.
@@ -177,12 +178,9 @@ class Plan:
         evaluation: how to go to other weights for evaluation, or None. The
             model's slot `EVALUATING` tells which are in place.
         rounding: one of `precision.ROUNDINGS`.
-        accumulation_steps: gradients summed up for one update.
-        clip: None or the clipping argument that is set.
-        loss_scale: whether the stage exists.
         elementwise: whether each element's step depends on it alone.
         is_for_tpu: whether the program is one for a TPU, where other ways are best:
-            see `selects` and `checks_by_products`.
+            see `uses_select` and `checks_finite_by_products`.
     """
 
     numbers: dict[tuple[int, str], Any]
@@ -191,11 +189,19 @@ class Plan:
     upkeep: Bound | None
     evaluation: BoundEvaluation | None
     rounding: str
-    accumulation_steps: int
-    clip: str | None
-    loss_scale: bool
     elementwise: bool
     is_for_tpu: bool = False
+
+    @functools.cached_property
+    def accumulation_steps(self) -> int:
+        """Gradients summed up for one update."""
+        stage = next(self.at("accumulation"), None)
+        return 1 if stage is None else stage.function.fixed["steps"]
+
+    @property
+    def clip(self) -> str | None:
+        """The clipping argument that is set, or None."""
+        return next((stage.key for stage in self.at("clipping")), None)
 
     @property
     def needs_norms(self) -> bool:
@@ -204,16 +210,16 @@ class Plan:
     @property
     def clips(self) -> bool:
         """Whether a gradient whose squares overflow may be clipped to one that fits."""
-        return self.clip is not None or any(x.clips for x in self.stages)
+        return any(x.clips for x in self.stages)
 
     @property
     def measures_received(self) -> bool:
         """Whether norms and the finite check are those of the gradients received."""
         accumulates = self.accumulation_steps > 1 and self.clips
-        return not (self.loss_scale or accumulates)
+        return not (any(self.at("received")) or accumulates)
 
     @property
-    def selects(self) -> bool:
+    def uses_select(self) -> bool:
         """Whether a step to be skipped is computed and not taken.
 
         Else it goes through another branch, which would copy stacks.
@@ -221,7 +227,7 @@ class Plan:
         return self.is_for_tpu and self.accumulation_steps == 1
 
     @property
-    def checks_by_products(self) -> bool:
+    def checks_finite_by_products(self) -> bool:
         """Whether matrix products tell if the gradient is finite.
 
         The rules that look at whole tensors have sums of their own over them, which
@@ -281,7 +287,7 @@ class Scalars:
         iterations: integer, micro-steps so far.
         learning_rate: float.
         pairs: of shape `(len(plan.numbers), 2)`: value and 1 minus value; or `Pairs`.
-        model: owner -> letter -> the model's slots before this step.
+        model: owner -> symbol -> the model's slots before this step.
         missed: integers, what each variable missed of the updates; None if all
             have the model's count. See `tf_effopt.engine.counts`.
         of_each: dtype -> name -> for each variable a number that follows from its

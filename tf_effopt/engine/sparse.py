@@ -11,7 +11,7 @@ from keras import ops
 
 
 @dataclasses.dataclass
-class Rows:
+class SparseRows:
     """The gradient of a table of which few rows were looked up.
 
     Attributes:
@@ -28,7 +28,7 @@ class Rows:
     unique: Any
 
     @classmethod
-    def sum_repeated(cls, ids: Any, values: Any) -> Rows:
+    def sum_repeated(cls, ids: Any, values: Any) -> SparseRows:
         """From ids and gradients as they come, repeated or not."""
         n = ids.shape[0] if ids.shape[0] is not None else ops.shape(ids)[0]
         order = ops.argsort(ids)
@@ -38,9 +38,9 @@ class Rows:
         unique = ops.segment_sum(ops.take(values, order, axis=0), rank, num_segments=n)
         return cls(ordered, ops.take(unique, rank, axis=0), unique)
 
-    def map(self, function: Callable) -> Rows:
+    def map(self, function: Callable) -> SparseRows:
         """Applies an elementwise function that maps 0 to 0."""
-        return Rows(self.ids, function(self.values), function(self.unique))
+        return SparseRows(self.ids, function(self.values), function(self.unique))
 
     def gather(self, tensors: dict) -> dict:
         """The rows of each of a (nested) dict of tensors."""

@@ -17,7 +17,7 @@ from keras import ops, tree
 
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.plan import Plan, TrainedVariable
-from tf_effopt.engine.sparse import Rows
+from tf_effopt.engine.sparse import SparseRows
 from tf_effopt.state import precision
 
 SMALL = 8192  # elements, at most; what is larger gains nothing
@@ -63,8 +63,7 @@ def _kind(plan: Plan, v: TrainedVariable, g: Any) -> Hashable | None:
     """What a stack's members have in common; None for what is to stay alone."""
     measures = plan.model is not None and plan.model.measure is not None
     looks_at_whole_tensors = (
-        plan.clip == "clipnorm"
-        or plan.upkeep is not None
+        plan.upkeep is not None
         or measures
         or (plan.evaluation is not None and not plan.elementwise)
         or any(x.key in v.stages and not x.elementwise for x in plan.stages)
@@ -72,7 +71,7 @@ def _kind(plan: Plan, v: TrainedVariable, g: Any) -> Hashable | None:
         or v.matrices is not None
     )
     draws = "noise" in v.rule.names or precision.is_narrow(v.dtype)
-    is_dense = g is not None and not isinstance(g, Rows)
+    is_dense = g is not None and not isinstance(g, SparseRows)
     if looks_at_whole_tensors or draws or not is_dense or math.prod(v.shape) > SMALL:
         return None
     alike = v.learning_rate_multipliers, v.decays, v.decay, v.stages

@@ -62,7 +62,7 @@ class Outcome:
     Attributes:
         finite: boolean, whether the gradient was finite, and is once it is clipped.
         counted: integer, how far the count of micro-steps advances.
-        model: owner -> letter -> the model's slots after this step.
+        model: owner -> symbol -> the model's slots after this step.
     """
 
     finite: Any
@@ -146,7 +146,7 @@ def matrix_share(inputs: Inputs, share: Share) -> dict[int, tuple[Any, dict]]:
 
 def step(inputs: Inputs) -> tuple[list[dict], Outcome]:
     """Stages 3 to 12 for the variables of one device; returns the next state."""
-    if not inputs.plan.selects:
+    if not inputs.plan.uses_select:
         return _step(inputs)
     stacks = Stacks(inputs)
     after, outcome = _step(stacks.inputs)
@@ -199,7 +199,7 @@ def _step(inputs: Inputs) -> tuple[list[dict], Outcome]:
         after, arguments, others = update(inputs.of_step(proceed))
         model, mark = _where(proceed, others, unchanged[1:])
         after = _where(proceed, averaged(inputs, after, arguments), after)
-    elif plan.selects:
+    elif plan.uses_select:
         after, arguments, others = update(inputs)
         after, model, mark = _where(proceed, (after, *others), unchanged)
         # Of the weights that are kept: XLA makes one loop of a tensor's update only

@@ -18,7 +18,7 @@ from tf_effopt.engine.plan import (
     BoundStage,
     TrainedVariable,
 )
-from tf_effopt.engine.sparse import Rows
+from tf_effopt.engine.sparse import SparseRows
 from tf_effopt.state import precision, random
 
 
@@ -82,7 +82,7 @@ def _update_one(
 ) -> dict:
     """Stages 7 to 11 for one variable; `step` is its rule's, if known already."""
     after = dict(tensors)
-    if isinstance(g, Rows):
+    if isinstance(g, SparseRows):
         averages = {stage.key for stage in inputs.plan.at("average")}
         touched = {k: x for k, x in tensors.items() if k not in averages}
         rows = g.gather(touched)

@@ -59,7 +59,7 @@ class Engine:
         state: for each variable a dict of Keras variables: `weight`, and under the key
             of the rule and of each stage a dict of its slots. None for a variable that
             isn't trained by a rule.
-        model_state: owner -> letter -> Keras variable: the slots of rules for
+        model_state: owner -> symbol -> Keras variable: the slots of rules for
             the whole model.
         communication: what replicas exchange.
         owners: whose hyperparameters there are: the optimizer, its stages and its
@@ -116,7 +116,7 @@ class Engine:
         for owner in self.owners[1:]:
             owner.attach(self)
 
-    def involved(self, indices: list[int]) -> list[int]:
+    def variables_to_update(self, indices: list[int]) -> list[int]:
         """The variables that a step with gradients of `indices` changes."""
         if self.plan.moves_all:
             return [i for i, tensors in enumerate(self.state) if tensors is not None]
@@ -237,12 +237,12 @@ class Engine:
                     lost = tensors[COMPENSATION]["lost"]
                     self.assign_everywhere(lost, ops.zeros_like(_value(lost)))
 
-    def model_slot(self, owner: Any, letter: str) -> float:
+    def model_slot(self, owner: Any, symbol: str) -> float:
         """The value now of a slot of a rule for the whole model."""
-        slots = self.model_state[self.number_of(owner)]
-        return float(ops.convert_to_numpy(slots[letter]))
+        slots = self.model_state[self.owner_index(owner)]
+        return float(ops.convert_to_numpy(slots[symbol]))
 
-    def number_of(self, owner: Any) -> int:
+    def owner_index(self, owner: Any) -> int:
         """The place of an owner among `owners`."""
         return next(i for i, x in enumerate(self.owners) if x is owner)
 

@@ -85,7 +85,7 @@ class Programs:
     def _made(self, indices: list[int]) -> list[Program]:
         positions = {index: position for position, index in enumerate(indices)}
         devices: dict[str, list[int]] = {}
-        for i in self.engine.involved(indices):
+        for i in self.engine.variables_to_update(indices):
             devices.setdefault(self._device_of(i), []).append(i)
         is_inlined = compiles_steps(self.engine.strategy)
         programs = []

@@ -69,7 +69,7 @@ class PortableEngine(Engine):
     def _apply(self, gradients: list[Any], indices: list[int]) -> Any:
         self.has_run = True
         by_index = dict(zip(indices, gradients, strict=True))
-        indices = self.involved(indices)
+        indices = self.variables_to_update(indices)
         gradients = [by_index.get(i) for i in indices]
         state = [self.state[i] for i in indices]
         variables = [self.variables[i] for i in indices]

@@ -15,7 +15,7 @@ from tf_effopt.engine.arguments import Arguments
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.matrices import Share
 from tf_effopt.engine.plan import Plan, Scalars, TrainedVariable
-from tf_effopt.engine.sparse import Rows
+from tf_effopt.engine.sparse import SparseRows
 from tf_effopt.runtime.flat_function import FlatFunction, function_of
 from tf_effopt.runtime.sparse_input import is_sparse
 from tf_effopt.runtime.structure import is_own, structure
@@ -271,7 +271,7 @@ def _rows(gradient: Any) -> Any:
     """Stage 2 for a sparse gradient: repeated rows are summed."""
     if not is_sparse(gradient):
         return gradient
-    return Rows.sum_repeated(gradient.indices, gradient.values)
+    return SparseRows.sum_repeated(gradient.indices, gradient.values)
 
 
 def _read(handle: Any, kind: Kind) -> tf.Tensor:

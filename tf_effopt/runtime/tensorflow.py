@@ -97,7 +97,7 @@ class TensorFlowEngine(Engine):
             )
 
     def set_hyperparameter(self, owner: Any, name: str, value: Any) -> None:
-        key = self.number_of(owner), name
+        key = self.owner_index(owner), name
         if key in self.plan.numbers:
             pairs = self._pairs.numpy()
             row = list(self.plan.numbers).index(key)

@@ -65,7 +65,7 @@ def paths_and_shapes(variables: Iterable[Any]) -> list[tuple[str, tuple[int, ...
     return [(path_of(v), shape_of(v)) for v in variables]
 
 
-def known_by(
+def resolve_renamed(
     variables: Iterable[Any], saved: list[tuple[str, tuple[int, ...]]]
 ) -> list[tuple[str, tuple[int, ...]]]:
     """The path and the shape by which an optimizer knows each variable.
@@ -87,7 +87,7 @@ def known_by(
     return list(saved) if is_alike and is_renamed else now
 
 
-def stand_in(
+def placeholder(
     path: str, shape: tuple[int, ...], dtype: str | None = None
 ) -> keras.Variable:
     """A new variable of this path."""

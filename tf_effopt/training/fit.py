@@ -16,7 +16,13 @@ from keras import tree
 from tf_effopt.base import legacy_keras
 from tf_effopt.distribute.tf_config import named_workers
 from tf_effopt.runtime.keras_hooks import sublayers
-from tf_effopt.training import added_losses, hooks, shares, stand_ins, whole_batches
+from tf_effopt.training import (
+    added_losses,
+    data_sharding,
+    keras_patches,
+    loss_weighting,
+    padding,
+)
 
 REPLACED = (  # methods of a model
     "_maybe_symbolic_build",
@@ -113,9 +119,9 @@ def prepare(model: keras.Model) -> keras.Model:
                 stacklevel=2,
             )
         return model
-    hooks.check()  # before anything is replaced
-    shares.install()
-    whole_batches.kept(strategy)
+    keras_patches.check()  # before anything is replaced
+    loss_weighting.install()
+    data_sharding.shard_by_batch(strategy)
     adapter = _Adapter(model, strategy)
     for name in REPLACED:
         # Past Keras's tracking of attributes.
@@ -133,7 +139,7 @@ class _Adapter:
         self._predict_on_batch = model.predict_on_batch
         self._compute_loss = model.compute_loss
         self.strategy = strategy
-        self.several_hosts = hooks.of_several_hosts(strategy)
+        self.several_hosts = keras_patches.of_several_hosts(strategy)
         devices = strategy.extended.worker_devices
         self.on_cpu = all("CPU" in device for device in devices)
         self._warned_of_loss = False
@@ -175,9 +181,9 @@ class _Adapter:
     def predict_step(self, data: Any) -> Any:
         outputs = self._predict_step(self._examples(data))
         first = _first_tensor(data)
-        if not shares.may_be_empty(first):
+        if not loss_weighting.may_be_empty(first):
             return outputs
-        return stand_ins.taken_away(outputs, tf.shape(first)[0])
+        return padding.drop_padding(outputs, tf.shape(first)[0])
 
     def predict_on_batch(self, x: Any) -> Any:
         """Of the replicas' outputs, each of the whole batch, those of the first."""
@@ -186,7 +192,7 @@ class _Adapter:
         return tree.map_structure(lambda y: y[: y.shape[0] // replicas], outputs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss, has_part = shares.has_part(self._compute_loss, *args, **kwargs)
+        loss, has_part = loss_weighting.has_part(self._compute_loss, *args, **kwargs)
         if not has_part and not self._warned_of_loss:
             self._warned_of_loss = True
             warnings.warn(
@@ -203,13 +209,13 @@ class _Adapter:
         """What a step works on, of what a replica is given."""
         if self.on_cpu:
             data = tree.map_structure(_own_copy, data)
-        return stand_ins.given(data)
+        return padding.pad_empty(data)
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None):
         """Builds the model for a replica's part of a batch, of which it takes none."""
         if iterator is not None:
-            spec = hooks.distributed_dataset(iterator).element_spec
-            data_batch = tree.map_structure(hooks.of_first_replica, spec)
+            spec = keras_patches.distributed_dataset(iterator).element_spec
+            data_batch = tree.map_structure(keras_patches.of_first_replica, spec)
         with self.strategy.scope():
             self.model._symbolic_build(data_batch=data_batch)
 
@@ -222,13 +228,16 @@ class _Adapter:
         @functools.wraps(step)
         def step_of_parts(data: Any) -> Any:
             first = _first_tensor(data)
-            with shares.counted(first), self._state_of_examples(first):
+            with (
+                loss_weighting.weighted_by_examples(first),
+                self._state_of_examples(first),
+            ):
                 logs = step(self._examples(data))
             return self._with_metrics_of_all(logs)
 
         @functools.wraps(step)
         def step_of_whole_batch(data: Any) -> Any:
-            with shares.counted(_first_tensor(data), whole=True):
+            with loss_weighting.weighted_by_examples(_first_tensor(data), whole=True):
                 return step(self._examples(data))
 
         make = self._packing_logs if self.several_hosts else self.model._make_function
@@ -241,7 +250,7 @@ class _Adapter:
                 return of_whole_batch(iterator)
             if self.model.steps_per_execution == 1:
                 return one_step(iterator)
-            with hooks.collectives_in_loops():
+            with keras_patches.collectives_in_loops():
                 return of_parts(iterator)
 
         return function
@@ -264,7 +273,7 @@ class _Adapter:
     @contextlib.contextmanager
     def _state_of_examples(self, batch: Any) -> Iterator[None]:
         """Within, metrics and averages are of examples, not of what stands in."""
-        if not shares.may_be_empty(batch):
+        if not loss_weighting.may_be_empty(batch):
             yield
             return
         variables = self.model.metrics_variables + self._own_averages()
@@ -299,7 +308,9 @@ class _Adapter:
                 dtypes.setdefault(v.dtype, []).append(v)
         sums = []
         for own in dtypes.values():
-            total = shares.summed(_joined([tf.convert_to_tensor(v) for v in own]))
+            total = loss_weighting.summed(
+                _joined([tf.convert_to_tensor(v) for v in own])
+            )
             sums += zip(own, _parted(total, [v.shape for v in own]), strict=True)
         with keras.StatelessScope(state_mapping=sums):
             # As tensors: a variable is the sum only within.

@@ -12,7 +12,7 @@ import keras
 from tf_effopt.runtime import private_names
 
 # What `shares` replaces, and by what.
-OF_LOSSES = {
+LOSS_PATCHES = {
     private_names.APPLY_MASK: "apply_mask",
     private_names.REDUCE_VALUES: "reduce_values",
     private_names.SCALE_LOSS: "scale_loss_for_distribution",
@@ -88,4 +88,4 @@ def check() -> None:
         private_names.LAUNCHER,
         private_names.PER_REPLICA_SPEC,
     )
-    private_names.check([*OF_LOSSES, *names], private_names.MODEL)
+    private_names.check([*LOSS_PATCHES, *names], private_names.MODEL)

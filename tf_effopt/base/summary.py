@@ -14,7 +14,7 @@ from tf_effopt.base import legacy_keras
 from tf_effopt.base.checks import checked_variables
 from tf_effopt.base.groups import decay_of, frozen_indices, multipliers_of
 from tf_effopt.base.selection import Trained
-from tf_effopt.state.variables import known_by, path_of, shape_of
+from tf_effopt.state.variables import path_of, resolve_renamed, shape_of
 
 HEADER = ("variable", "shape", "rule", "learning rate", "weight decay")
 
@@ -122,7 +122,7 @@ def _row(optimizer: Any, index: int) -> tuple[str, ...]:
 
 def _rows_before_build(optimizer: Any, variables: list[Any]) -> list[tuple[str, ...]]:
     """The rows that `build` would make; no state is made for them."""
-    known = known_by(variables, optimizer._known)
+    known = resolve_renamed(variables, optimizer._built_on)
     trained = Trained(variables, [path for path, _ in known])
     copies = [group.copy({}) for group in optimizer.groups]
     for group in copies:

@@ -1,9 +1,9 @@
 """Losses of a batch whose replicas have unequal numbers of examples.
 
 Keras takes the mean over each replica's examples, and the mean of these means.
-Within `counted`, each replica's mean counts by its share of the examples, so that
+Within `weighted_by_examples`, each replica's mean counts by its share of the examples, so that
 their sum is the mean over the whole batch, as on one device. What stands in for
-examples (`stand_ins`) has weight 0: its loss and gradients are 0 even where
+examples (`padding`) has weight 0: its loss and gradients are 0 even where
 it isn't a number.
 
 A loss that is called inside of another, of a metric or of a layer is part of what counts
@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from tf_effopt.base import applying
 from tf_effopt.runtime import private_names
-from tf_effopt.training import hooks
+from tf_effopt.training import keras_patches
 
 MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
@@ -42,7 +42,7 @@ _here = _Here()
 
 
 @contextlib.contextmanager
-def counted(batch: Any, whole: bool = False) -> Iterator[None]:
+def weighted_by_examples(batch: Any, whole: bool = False) -> Iterator[None]:
     """Within, Keras's losses count a replica by its examples.
 
     Args:
@@ -83,17 +83,17 @@ def summed(x: tf.Tensor) -> tf.Tensor:
 def install() -> None:
     """Puts the functions below in the place of Keras's.
 
-    Outside of `counted` they do what Keras's do.
+    Outside of `weighted_by_examples` they do what Keras's do.
     """
-    for name, mine in hooks.OF_LOSSES.items():
-        hooks.replace(*name.place(), globals()[mine])
-    for owner in hooks.KERAS_OPTIMIZERS:
-        hooks.replace(owner, "apply", update)
+    for name, mine in keras_patches.LOSS_PATCHES.items():
+        keras_patches.replace(*name.place(), globals()[mine])
+    for owner in keras_patches.KERAS_OPTIMIZERS:
+        keras_patches.replace(owner, "apply", update)
     applying.GRADIENT_FILTERS.append(of_examples)
 
 
 def _is_part_of_another() -> bool:
-    return _here.losses > 1 or _here.in_metric or hooks.in_layer_call()
+    return _here.losses > 1 or _here.in_metric or keras_patches.in_layer_call()
 
 
 def call_loss(original: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +195,7 @@ def apply_mask(
 def has_part(compute_loss: Any, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
     """What a model's `compute_loss` returns, and whether it made a part of a loss.
 
-    Outside of `counted` there are no parts to be made.
+    Outside of `weighted_by_examples` there are no parts to be made.
     """
     before = _here.parts
     loss = compute_loss(*args, **kwargs)

@@ -12,16 +12,16 @@ from typing import Any
 import tensorflow as tf
 from keras import tree
 
-from tf_effopt.training import shares
+from tf_effopt.training import loss_weighting
 
 
-def given(data: Any) -> Any:
+def pad_empty(data: Any) -> Any:
     """A replica's data; if there are no examples, one that stands in for them.
 
     Not for sparse and ragged tensors, nor for what comes with them.
     """
     tensors = [x for x in tree.flatten(data) if x is not None]
-    if not all(_is_dense(x) and shares.may_be_empty(x) for x in tensors):
+    if not all(_is_dense(x) and loss_weighting.may_be_empty(x) for x in tensors):
         return data
     return tree.map_structure(lambda x: None if x is None else _given(x), data)
 
@@ -46,7 +46,7 @@ def _stand_in(x: tf.Tensor) -> tf.Tensor:
     return fill([1, *sizes[1:]], x.dtype)
 
 
-def taken_away(outputs: Any, examples: tf.Tensor) -> Any:
+def drop_padding(outputs: Any, examples: tf.Tensor) -> Any:
     """A replica's outputs, without those of a stand-in if it has no `examples`."""
 
     def kept(x: Any) -> Any:

@@ -13,14 +13,14 @@ from typing import Any
 import tensorflow as tf
 
 from tf_effopt.runtime import private_names
-from tf_effopt.training import hooks
+from tf_effopt.training import keras_patches
 
 Policy = tf.data.experimental.AutoShardPolicy
 
 _strategies: weakref.WeakSet = weakref.WeakSet()
 
 
-def kept(strategy: tf.distribute.Strategy) -> None:
+def shard_by_batch(strategy: tf.distribute.Strategy) -> None:
     """From now on `fit`, `evaluate` and `predict` do so under the strategy."""
     _install()
     _strategies.add(strategy)
@@ -28,7 +28,7 @@ def kept(strategy: tf.distribute.Strategy) -> None:
 
 @functools.cache
 def _install() -> None:
-    hooks.replace(*private_names.EPOCH_ITERATOR.place(), _make_epoch_iterator)
+    keras_patches.replace(*private_names.EPOCH_ITERATOR.place(), _make_epoch_iterator)
 
 
 def _make_epoch_iterator(
