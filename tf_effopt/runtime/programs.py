@@ -186,7 +186,7 @@ class Program:
         if not update.is_inlined:
             self.flat_state = [variable.handle for variable in self.flat_state]
         self._inlined = function_of(self._run)
-        self._numbers_of_each = function_of(self._make_numbers_of_each)
+        self._numbers_of_each = FlatFunction(self._make_numbers_of_each)
 
     @property
     def device(self) -> str:
@@ -229,9 +229,12 @@ class Program:
             return scalars
         is_eager = tf.executing_eagerly()
         make = self._numbers_of_each if is_eager else self._make_numbers_of_each
-        return dataclasses.replace(scalars, of_each=make(plain(scalars)))
+        of_model = dataclasses.replace(scalars, present=None)
+        return dataclasses.replace(scalars, of_each=make([], plain(of_model)))
 
-    def _make_numbers_of_each(self, scalars: tuple) -> dict[str, dict[str, list[Any]]]:
+    def _make_numbers_of_each(
+        self, _: list[Any], scalars: tuple
+    ) -> dict[str, dict[str, list[Any]]]:
         arguments = Arguments(self.update.plan, Scalars(*scalars))
         dtypes = sorted({v.compute_dtype for v in self.update.variables})
         return {dtype: arguments.of_each(dtype) for dtype in dtypes}
