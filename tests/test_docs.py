@@ -89,7 +89,19 @@ PACKAGE = ROOT / "tf_effopt"
 
 def test_the_folders_are_those_of_the_arrows():
     found = {x.stem for x in PACKAGE.iterdir() if not x.name.startswith("__")}
-    assert found == set(ARROWS) | {"py"}  # of `py.typed`
+    # `py.typed`; a name of version 0.1.0.
+    assert found == set(ARROWS) | {"py", "linalg"}
+
+
+def test_names_of_version_0_1_0_are_importable():
+    from tf_effopt import linalg
+    from tf_effopt.transforms import clipping
+
+    assert (
+        linalg.orthogonalized
+        is importlib.import_module("tf_effopt.engine.linalg").orthogonalized
+    )
+    assert callable(clipping.shrink)
 
 
 @pytest.mark.parametrize("folder", ARROWS)

@@ -1,0 +1,3 @@
+"""Clipping for custom transforms: see `tf_effopt.engine.clipping`."""
+
+from tf_effopt.engine.clipping import *
