@@ -17,11 +17,11 @@ from tf_effopt.engine import counts
 from tf_effopt.runtime import keras_hooks
 from tf_effopt.state.variables import dtype_name, placeholder
 
-# In a configuration, besides the constructor's arguments.
+# Keys of a configuration that are no arguments of the constructor.
 EXCLUSIONS = "exclude_from_weight_decay"
 BUILT_ON = "built_on"
 COMMUNICATION = "communication"
-BESIDES = EXCLUSIONS, BUILT_ON, COMMUNICATION
+EXTRA_KEYS = EXCLUSIONS, BUILT_ON, COMMUNICATION
 # Arguments that are lists of objects.
 OBJECTS = ("transforms", "averaging", "groups")
 
@@ -52,23 +52,23 @@ class Saving(keras.optimizers.Optimizer):
     def from_config(cls, config: dict, custom_objects: dict | None = None) -> Self:
         """Makes an optimizer from what `get_config` returned."""
         config = dict(config)
-        besides = {name: config.pop(name) for name in BESIDES if name in config}
+        extras = {name: config.pop(name) for name in EXTRA_KEYS if name in config}
         for name in OBJECTS:
             config[name] = [
                 keras.saving.deserialize_keras_object(x, custom_objects=custom_objects)
                 for x in config.get(name, ())
             ]
         optimizer = super().from_config(config, custom_objects=custom_objects)
-        optimizer._set_from_config(besides)
+        optimizer._set_from_config(extras)
         return optimizer
 
-    def _set_from_config(self, besides: dict[str, Any]) -> None:
-        """What a configuration has besides the constructor's arguments."""
-        if exclusions := besides.get(EXCLUSIONS):
+    def _set_from_config(self, extras: dict[str, Any]) -> None:
+        """Sets what is in a configuration but no argument of the constructor."""
+        if exclusions := extras.get(EXCLUSIONS):
             self._decay_exclusions = Selection.of_saved(exclusions)
-        if built_on := besides.get(BUILT_ON):
+        if built_on := extras.get(BUILT_ON):
             self._built_on = [(path, tuple(shape)) for path, shape in built_on]
-        if communication := besides.get(COMMUNICATION):
+        if communication := extras.get(COMMUNICATION):
             self._engine.communication = runtime.Communication(**communication)
 
     def save_own_variables(self, store: Any) -> None:

@@ -21,7 +21,7 @@ from tf_effopt.base.arguments import check_attribute, unknown_argument
 from tf_effopt.base.building import Building
 from tf_effopt.base.carrying_over import CarryingOver
 from tf_effopt.base.checkpoint import (
-    BESIDES,
+    EXTRA_KEYS,
     Saving,
 )
 from tf_effopt.base.checks import (
@@ -219,7 +219,7 @@ class Optimizer(
         name=None,
         **kwargs,
     ):
-        besides = {name: kwargs.pop(name) for name in BESIDES if name in kwargs}
+        extras = {name: kwargs.pop(name) for name in EXTRA_KEYS if name in kwargs}
         if kwargs:
             raise ValueError(
                 unknown_argument(type(self), next(iter(kwargs)), Optimizer)
@@ -267,7 +267,7 @@ class Optimizer(
         self._may_skip_state = False
         self._unpickled_from: copies.Origin | None = None
         self._missed_to_load: np.ndarray | None = None
-        self._set_from_config(besides)
+        self._set_from_config(extras)
 
     @classmethod
     def shared_arguments(cls) -> list[inspect.Parameter]:
@@ -284,13 +284,13 @@ class Optimizer(
     def check_given(cls, given: Iterable[str], known: Collection[str]) -> None:
         """Raises `ValueError` for an argument that isn't known, with the likest."""
         for name in given:
-            if name not in known and name not in BESIDES:
+            if name not in known and name not in EXTRA_KEYS:
                 raise ValueError(unknown_argument(cls, name, Optimizer))
 
     def configure(self, values: dict[str, Any]) -> None:
         """What a generated constructor does: Keras's part first."""
         shared = {x.name for x in Optimizer.shared_arguments()}
-        shared |= {"learning_rate", *BESIDES}
+        shared |= {"learning_rate", *EXTRA_KEYS}
         of_base = {name: x for name, x in values.items() if name in shared}
         Optimizer.__init__(self, **of_base)
         super().configure({k: x for k, x in values.items() if k not in shared})

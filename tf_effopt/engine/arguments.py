@@ -19,8 +19,7 @@ class Arguments:
     def __init__(self, plan: Plan, scalars: Scalars):
         self.plan = plan
         self.scalars = scalars
-        pairs = scalars.pairs
-        self._pairs = pairs if isinstance(pairs, Pairs) else Pairs.of(pairs)
+        self._pairs = Pairs.of(scalars.pairs)
         self.t = t = plan.update_number(scalars.iterations)
         self.numbers: dict[int, dict[str, Any]] = {}  # owner -> name -> number
         self._cached: dict[tuple[int, str], dict[str, Any]] = {}

@@ -56,9 +56,8 @@ class Inputs:
 
     def __post_init__(self) -> None:
         # Here, outside of all branches: what is made in one can't be used outside.
-        if not isinstance(self.scalars.pairs, Pairs):
-            pairs = Pairs.of(self.scalars.pairs)
-            self.scalars = dataclasses.replace(self.scalars, pairs=pairs)
+        pairs = Pairs.of(self.scalars.pairs)
+        self.scalars = dataclasses.replace(self.scalars, pairs=pairs)
 
     @property
     def scalar_dtype(self) -> str:

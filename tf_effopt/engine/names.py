@@ -6,15 +6,20 @@ for one, a step with zeros is tried on one variable of each kind, without compil
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Iterator
 from typing import Any
 
 from keras import ops, tree
 
 from tf_effopt.engine import stages
 from tf_effopt.engine.inputs import Inputs
-from tf_effopt.engine.plan import Bound, Plan, Scalars, TrainedVariable, UnknownArgument
+from tf_effopt.engine.plan import (
+    Bound,
+    Plan,
+    Scalars,
+    TrainedVariable,
+    UnknownArgument,
+    smallest_of_each,
+)
 from tf_effopt.state.variables import dtype_name, shape_of
 
 
@@ -30,14 +35,11 @@ def check_names(
         UnknownArgument: it does.
     """
     trained = [v for v in variables if v is not None]
-    if not any(_may_be_misspelt(x) for x in _functions(plan, trained)):
+    functions = [*(v.rule for v in trained), *plan.functions()]
+    if not any(map(_may_be_misspelt, functions)):
         return
-    smallest: dict[Hashable, TrainedVariable] = {}
-    for v in trained:
-        kind = id(v.rule), v.stages
-        best = smallest.get(kind, v)
-        smallest[kind] = v if math.prod(v.shape) < math.prod(best.shape) else best
-    chosen = list(smallest.values())
+    smallest = smallest_of_each(trained, lambda v: (id(v.rule), v.stages))
+    chosen = [trained[i] for i in smallest.values()]
     dtypes = {v.compute_dtype for v in trained}
     dtype = "float64" if "float64" in dtypes else "float32"
     scalars = Scalars(
@@ -61,17 +63,7 @@ def check_names(
         return
 
 
-def _functions(plan: Plan, variables: list[TrainedVariable]) -> Iterator[Bound | None]:
-    yield from (v.rule for v in variables)
-    yield plan.upkeep
-    for stage in plan.stages:
-        yield from (stage.function, stage.look)
-    for _, model in plan.models():
-        yield from (model.rule, model.measure)
-
-
-def _may_be_misspelt(bound: Bound | None) -> bool:
+def _may_be_misspelt(bound: Bound) -> bool:
     """Whether it asks for what isn't known at build; this package's are tested."""
-    if bound is None or not bound.of_model:
-        return False
-    return not (bound.function.__module__ or "").startswith("tf_effopt.")
+    is_ours = (bound.function.__module__ or "").startswith("tf_effopt.")
+    return bool(bound.of_model) and not is_ours

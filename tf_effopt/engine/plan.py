@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -255,6 +256,15 @@ class Plan:
         """The number of the update that comes after so many micro-steps, from 1."""
         return iterations // self.accumulation_steps + 1
 
+    def functions(self) -> Iterator[Bound]:
+        """The functions that it calls, other than the rules of variables."""
+        evaluation = self.evaluation
+        bound = [self.upkeep]
+        bound += [x for stage in self.stages for x in (stage.function, stage.look)]
+        bound += [x for _, model in self.models() for x in (model.rule, model.measure)]
+        bound.append(None if evaluation is None else evaluation.to_training)
+        return (x for x in bound if x is not None)
+
     def models(self) -> Iterator[tuple[int, BoundModelRule]]:
         """The rules for the whole model, by owner, in their order."""
         for stage in self.stages:
@@ -273,7 +283,9 @@ class Pairs:
 
     @classmethod
     def of(cls, pairs: Any) -> Pairs:
-        """Taken apart out of a tensor of shape `(n, 2)`, all at once."""
+        """Taken apart out of a tensor of shape `(n, 2)`, all at once; or as they are."""
+        if isinstance(pairs, cls):
+            return pairs
         dtype = keras.backend.standardize_dtype(pairs.dtype)
         flat = ops.unstack(ops.reshape(pairs, (-1,))) if pairs.shape[0] else []
         return cls(dtype, list(zip(flat[::2], flat[1::2], strict=True)))
@@ -303,3 +315,15 @@ class Scalars:
     missed: Any = None
     of_each: dict[str, dict[str, list[Any]]] | None = None
     present: list[Any] | None = None
+
+
+def smallest_of_each(
+    variables: list[TrainedVariable], kind: Callable[[TrainedVariable], Hashable]
+) -> dict[Hashable, int]:
+    """Kind -> the position of its smallest variable: enough for a trial."""
+    smallest: dict[Hashable, int] = {}
+    for i, v in enumerate(variables):
+        best = smallest.setdefault(kind(v), i)
+        if math.prod(v.shape) < math.prod(variables[best].shape):
+            smallest[kind(v)] = i
+    return smallest

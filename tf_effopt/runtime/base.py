@@ -30,7 +30,7 @@ from tf_effopt.engine.updates import switched
 
 @dataclasses.dataclass
 class Communication:
-    """What replicas exchange besides their gradients, and how.
+    """How replicas exchange gradients, and what they divide among them.
 
     Attributes:
         gradient_dtype: in which they sum up gradients; None: the gradients' own.
@@ -113,8 +113,12 @@ class Engine:
                 self.schedules[row] = functools.partial(kind.at, value)
         check_names(self.plan, self.variables, state, model_state)
         self.counts_each = counts.uses_counts(self.plan, self.variables)
+        self.finish_build()
         for owner in self.owners[1:]:
             owner.attach(self)
+
+    def finish_build(self) -> None:
+        """Makes what the engine of a backend keeps in addition to the state."""
 
     def variables_to_update(self, indices: list[int]) -> list[int]:
         """The variables that a step with gradients of `indices` changes."""

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_effopt.engine import stages
-from tf_effopt.engine.plan import OPTIMIZER, Plan, Scalars, TrainedVariable
+from tf_effopt.engine.plan import OPTIMIZER, Scalars
 from tf_effopt.runtime import reduction
 from tf_effopt.runtime.base import Engine
 from tf_effopt.runtime.choice import Programs, compiles_steps
@@ -70,14 +70,7 @@ class TensorFlowEngine(Engine):
         with tf.init_scope():
             return bool(tf.raw_ops.VarIsInitializedOp(resource=local.handle))
 
-    def build(
-        self,
-        plan: Plan,
-        variables: list[TrainedVariable | None],
-        state: list[dict | None],
-        model_state: dict[int, dict[str, Any]],
-    ) -> None:
-        super().build(plan, variables, state, model_state)
+    def finish_build(self) -> None:
         self.is_lazy = self.optimizer.lazy
         self.programs = Programs(self)
         is_for_tpu = compiles_steps(self.strategy)
@@ -93,7 +86,9 @@ class TensorFlowEngine(Engine):
         )
         if self.counts_each:
             self._missed = tf.Variable(
-                np.zeros(len(state), "int64"), trainable=False, aggregation=only_first
+                np.zeros(len(self.state), "int64"),
+                trainable=False,
+                aggregation=only_first,
             )
 
     def set_hyperparameter(self, owner: Any, name: str, value: Any) -> None:

@@ -7,13 +7,12 @@ import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from tf_effopt.engine import stages
 from tf_effopt.engine.counts import uses_counts
 from tf_effopt.engine.inputs import Inputs
-from tf_effopt.engine.plan import Plan, Scalars, TrainedVariable
+from tf_effopt.engine.plan import Plan, Scalars, TrainedVariable, smallest_of_each
 from tf_effopt.runtime.structure import is_own, structure
 from tf_effopt.state.variables import shape_of
 
@@ -39,7 +38,9 @@ def update_failure(
     """
     if _is_known_to_compile(device, variables, plan):
         return None
-    chosen = _smallest_of_each_kind(variables)
+    chosen = smallest_of_each(
+        variables, lambda v: structure((v.constraint, v.rule, v.dtype))
+    )
     key = device, frozenset(chosen), structure(_functions_of(plan))
     if key not in _failures:
         _failures[key] = device_failure(device) or _trial(
@@ -74,25 +75,8 @@ def _is_known_to_compile(
     return is_own(structure((rules, _functions_of(plan))))
 
 
-def _smallest_of_each_kind(variables: list[TrainedVariable]) -> dict[Hashable, int]:
-    """Kind -> the position of its smallest variable: what a trial compiles."""
-    smallest: dict[Hashable, int] = {}
-    for i, v in enumerate(variables):
-        kind = structure((v.constraint, v.rule, v.dtype))
-        best = smallest.get(kind)
-        if best is None or np.prod(v.shape) < np.prod(variables[best].shape):
-            smallest[kind] = i
-    return smallest
-
-
-def _functions_of(plan: Plan) -> list[Callable | None]:
-    """What the update of all variables calls that isn't the engine's own."""
-    bound = [plan.upkeep]
-    bound += [x for stage in plan.stages for x in (stage.function, stage.look)]
-    bound += [x for _, model in plan.models() for x in (model.rule, model.measure)]
-    if plan.evaluation is not None:
-        bound.append(plan.evaluation.to_training)
-    return [None if x is None else x.function for x in bound]
+def _functions_of(plan: Plan) -> list[Callable]:
+    return [x.function for x in plan.functions()]
 
 
 def _trial(
