@@ -24,7 +24,6 @@ from cases import STAGES, programs_of, traces
 import tf_effopt
 from tf_effopt.optimizers import muon
 from tf_effopt.runtime import programs as shared
-from tf_effopt.runtime import tensorflow as engine
 
 optimizers = importlib.import_module(sys.argv[1])
 
@@ -270,12 +269,13 @@ def divided_matrices_as_on_a_tpu():
 
 
 def as_on_a_tpu(scenario):
-    original = engine._compiles_steps
-    engine._compiles_steps = lambda strategy: strategy.num_replicas_in_sync == 2
+    """The scenario, with two replicas that answer as a TPU's strategy does."""
+    mirrored = tf.distribute.MirroredStrategy
+    mirrored.compiles_steps = property(lambda self: self.num_replicas_in_sync == 2)
     try:
         return scenario()
     finally:
-        engine._compiles_steps = original
+        del mirrored.compiles_steps
 
 
 def divided_matrices():
