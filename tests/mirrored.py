@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -500,6 +501,82 @@ def measured_gradients():
     }
 
 
+def what_each_replica_sends():
+    """Rounded on each, with what was lost fed back; see test_sent.py."""
+
+    class ErrorFeedback(tf_effopt.Stage):
+        where = "sent"
+        slots = tf_effopt.rules.Slots(error="error")
+
+        @staticmethod
+        def function(g, slots):
+            total = g + slots["error"]
+            x = keras.ops.round(total)
+            return x, {"error": total - x}
+
+    def make(strategy):
+        with strategy.scope():
+            variable = keras.Variable([0.0])
+            optimizer = tf_effopt.SGD(1.0, transforms=[ErrorFeedback()])
+            optimizer.build([variable])
+        return variable, optimizer
+
+    def run(own_gradients, in_graph):
+        strategy = tf.distribute.MirroredStrategy()
+        variable, optimizer = make(strategy)
+
+        def replica():
+            i = tf.distribute.get_replica_context().replica_id_in_sync_group
+            optimizer.apply([tf.gather(tf.constant(own_gradients), [i])])
+
+        def step():
+            strategy.run(replica)
+
+        step = tf.function(step) if in_graph else step
+        for _ in range(2):
+            step()
+        error = optimizer.variables[-1]
+        return {
+            "weights": [float(x.numpy()[0]) for x in variable.value.values],
+            "errors": [float(x.numpy()[0]) for x in error.value.values],
+            "saved": float(error.numpy()[0]),
+            "skipped": optimizer.skipped_steps,
+        }, optimizer
+
+    found = {}
+    for name, in_graph in (("eager", False), ("graph", True)):
+        found[name], optimizer = run([0.4, 1.3], in_graph)
+        found[f"{name}, not finite"], _ = run([0.4, float("nan")], in_graph)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = tf.train.Checkpoint(optimizer=optimizer)
+        path = checkpoint.write(f"{folder}/checkpoint")
+        for name, strategy in (
+            ("two", tf.distribute.MirroredStrategy()),
+            ("one", tf.distribute.get_strategy()),
+        ):
+            _, other = make(strategy)
+            tf.train.Checkpoint(optimizer=other).read(path).assert_consumed()
+            error = other.variables[-1]
+            local = strategy.experimental_local_results(error.value)
+            found[f"restored on {name}"] = [float(x.numpy()[0]) for x in local]
+    return found
+
+
+def what_each_replica_sends_in_fit():
+    """A linear stage: the sum over replicas is that of one device."""
+
+    class Momentum(tf_effopt.Stage):
+        where = "sent"
+        slots = tf_effopt.rules.Slots(m="sent_momentum")
+
+        @staticmethod
+        def function(g, slots):
+            m = 0.5 * slots["m"] + g
+            return m, {"m": m}
+
+    return compare(lambda: adam(global_clipnorm=0.1, transforms=[Momentum()])())
+
+
 def infinite_sum():
     """Of gradients that are finite on each replica."""
     strategy = tf.distribute.MirroredStrategy()
@@ -568,6 +645,8 @@ OURS = [
     optimizers_by_a_flag,
     programs_per_replica,
     measured_gradients,
+    what_each_replica_sends,
+    what_each_replica_sends_in_fit,
     infinite_sum,
     mixed_strategies,
 ]

@@ -48,6 +48,7 @@ OURS = [
     "training_loop_without_build",
     "optimizers_by_a_flag",
     "programs_per_replica",
+    "what_each_replica_sends_in_fit",
     "mixed_strategies",
 ]
 OURS += [f"stage_{name}" for name in STAGES]
@@ -60,6 +61,7 @@ FEW = [
     "numbers_of_the_model",
     "training_loop_without_build",
     "programs_per_replica",
+    "what_each_replica_sends_in_fit",
     "mixed_strategies",
     "stage_lookahead",
 ]
@@ -68,6 +70,7 @@ LOOKED_AT = [
     "a_gradient_from_outside",
     "compressed_gradients",
     "measured_gradients",
+    "what_each_replica_sends",
     "infinite_sum",
 ]
 
@@ -154,6 +157,25 @@ def test_gradients_are_sent_in_16_bits(ours):
     # 1.003 is 1 in bfloat16, a third is 0.333984375.
     assert result["dense"] == [2.0, 2.0, 0.66796875]
     assert result["table"] == [[0, 0], [2.0, 4.0], [0, 0], [6.0, 8.0]]
+
+
+@pytest.mark.parametrize("way", ["eager", "graph"])
+def test_each_replica_feeds_its_own_error_back(ours, way):
+    # 0.4 and 1.3 become 0 and 1; then 0.8 and 1.6 become 1 and 2.
+    result = ours["what_each_replica_sends"][way]
+    assert result["weights"] == [-4.0, -4.0]
+    assert result["errors"] == pytest.approx([-0.2, -0.4], abs=1e-6)
+    assert result["saved"] == pytest.approx(-0.6, abs=1e-6)
+    assert result["skipped"] == 0
+    bad = ours["what_each_replica_sends"][f"{way}, not finite"]
+    assert bad["weights"] == bad["errors"] == [0.0, 0.0]
+    assert bad["skipped"] == 2
+
+
+def test_a_checkpoint_divides_the_error_among_replicas(ours):
+    result = ours["what_each_replica_sends"]
+    assert result["restored on two"] == pytest.approx([-0.3, -0.3], abs=1e-6)
+    assert result["restored on one"] == pytest.approx([-0.6], abs=1e-6)
 
 
 def test_one_compiled_program_per_replica(ours):

@@ -14,6 +14,7 @@ from cases import weights_after as steps
 import tf_effopt
 from tf_effopt import SGD, Adam, AdamW, Group, Stage, hyperparameters
 from tf_effopt.averaging import Lookahead
+from tf_effopt.base.stage import PLACES
 from tf_effopt.rules import ModelRule, Slot, Slots
 from tf_effopt.transforms import MARS, Transform
 
@@ -36,10 +37,16 @@ def stage_at(place, function=remember, **declared):
     return type("Remember", (Stage,), names | declared)()
 
 
+def argument_at(place):
+    """The argument of an optimizer that takes stages at a place."""
+    return "averaging" if place in ("write", "average") else "transforms"
+
+
 @pytest.mark.parametrize(
     "place, expected",
     {
         # Gradients 1, 1; SGD at rate 1 without momentum, from 0.
+        "sent": [-0.5, -0.5 - 0.75],
         "gradient": [-0.5, -0.5 - 0.75],
         "update": [-0.5, -0.5 - 0.75],
         # Of the weight: -1 -> -0.5; then -1.5 -> (-0.5 - 1.5) / 2.
@@ -48,14 +55,14 @@ def stage_at(place, function=remember, **declared):
     }.items(),
 )
 def test_a_stage_changes_what_is_at_its_place(place, expected):
-    argument = "transforms" if place in ("gradient", "update") else "averaging"
+    argument = argument_at(place)
     optimizer = SGD(1.0, **{argument: [stage_at(place)]})
     assert steps(optimizer, [1.0, 1.0]) == expected
     (mean,) = [v for v in optimizer.variables if v.path.endswith("mean")]
     assert optimizer.variables[-1] is mean  # after the rule's
 
 
-@pytest.mark.parametrize("place", ["gradient", "update", "write", "average"])
+@pytest.mark.parametrize("place", PLACES)
 def test_what_a_function_may_ask_for(place):
     seen = {}
     names = ["w", "t", "learning_rate", "weight_decay", "input_axes", "noise", "share"]
@@ -74,7 +81,7 @@ def test_what_a_function_may_ask_for(place):
         [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
     )
     stage = stage_at(place, function, slots=Slots())
-    argument = "transforms" if place in ("gradient", "update") else "averaging"
+    argument = argument_at(place)
     optimizer = SGD(0.5, weight_decay=0.25, **{argument: [stage]})
     steps(optimizer, [np.ones((3, 2))])
     assert set(names) <= set(seen)
@@ -83,10 +90,10 @@ def test_what_a_function_may_ask_for(place):
     assert seen["integer"] == (place == "average")
 
 
-@pytest.mark.parametrize("place", ["gradient", "update", "write", "average"])
+@pytest.mark.parametrize("place", PLACES)
 def test_a_name_that_nothing_provides_is_an_error_at_build(place):
     stage = stage_at(place, lambda x, slots, *, shar: (x, slots))
-    argument = "transforms" if place in ("gradient", "update") else "averaging"
+    argument = argument_at(place)
     optimizer = SGD(0.5, **{argument: [stage]})
     with pytest.raises(TypeError, match="takes `shar`, which nothing provides"):
         optimizer.build([keras.Variable([1.0])])
@@ -101,16 +108,18 @@ def test_a_name_that_nothing_provides_is_an_error_at_build(place):
         lambda x, slots: (x, x),
     ],
 )
-@pytest.mark.parametrize("place", ["gradient", "average"])
+@pytest.mark.parametrize("place", ["sent", "gradient", "average"])
 def test_a_function_that_returns_something_else_is_an_error(place, function):
-    argument = "transforms" if place == "gradient" else "averaging"
+    argument = argument_at(place)
     optimizer = SGD(1.0, **{argument: [stage_at(place, function)]})
     with pytest.raises(TypeError, match=r"must return `\(x, slots\)`.*\['mean'\]"):
         steps(optimizer, [1.0])
 
 
 def test_a_place_that_is_not_there_is_refused():
-    with pytest.raises(TypeError, match="`where` of Mine must be one of 'gradient'"):
+    with pytest.raises(
+        TypeError, match="`where` of Mine must be one of 'sent', 'gradient'"
+    ):
         type("Mine", (Stage,), {"where": "gradients"})
     with pytest.raises(TypeError, match="doesn't say where it runs"):
         SGD(transforms=[type("Mine", (Stage,), {})()])
@@ -209,7 +218,7 @@ def test_numbers_of_the_model_reach_a_stage_at_each_place():
             slots=Slots(),
             model_rule=rule,
         )
-        argument = "transforms" if place in ("gradient", "update") else "averaging"
+        argument = argument_at(place)
         optimizer = SGD(1.0, **{argument: [stage]})
         v, w = keras.Variable([0.0]), keras.Variable([0.0])
         optimizer.apply([tf.constant([3.0]), tf.constant([4.0])], [v, w])

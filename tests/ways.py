@@ -57,11 +57,15 @@ OPTIONS = {
         "transforms": lambda: [tf_effopt.transforms.AdaptiveClipping(0.05)],
     },
     "groups": {"global_clipnorm": 0.5, "use_ema": True, "groups": lambda: groups()},
-    # Stages with slots, before the rule and after it; numbers by a schedule.
+    # Stages with slots, before the sum over replicas, before the rule and after it;
+    # numbers by a schedule.
     "slots": {
         "global_clipnorm": 0.5,
         "weight_decay": lambda: falling(0.02, 0.005, steps=15),
-        "transforms": lambda: [tf_effopt.transforms.MARS(0.2, beta_1=0.8)],
+        "transforms": lambda: [
+            tf_effopt.transforms.MARS(0.2, beta_1=0.8),
+            SentMomentum(),
+        ],
         "averaging": lambda: tf_effopt.averaging.Lookahead(
             3, falling(0.8, 0.4, steps=15)
         ),
@@ -69,6 +73,19 @@ OPTIONS = {
 }
 # Each case runs with these, "adam" with all.
 OF_EACH = ("all_at_once", "slots")
+
+
+@keras.saving.register_keras_serializable("tests")
+class SentMomentum(tf_effopt.Stage):
+    """Linear, so that the sum over replicas is that of one."""
+
+    where = "sent"
+    slots = tf_effopt.rules.Slots(m="sent_momentum")
+
+    @staticmethod
+    def function(g, slots):
+        m = 0.5 * slots["m"] + g
+        return m, {"m": m}
 
 
 def groups() -> list[tf_effopt.Group]:

@@ -13,7 +13,7 @@ from tf_effopt.base.binding import key_of, make_plan, stage_owners
 from tf_effopt.base.checks import check_dtype, checked_variables
 from tf_effopt.base.groups import check_overlaps, frozen_indices
 from tf_effopt.base.selection import Trained
-from tf_effopt.base.stage import Stage
+from tf_effopt.base.stage import REPLICATED, Stage
 from tf_effopt.engine import counts
 from tf_effopt.engine.plan import (
     ACCUMULATION,
@@ -133,7 +133,7 @@ class Building(keras.optimizers.Optimizer):
             for i, tensors in trained if slots else ():
                 if stage.acts_on(*self._built_on[i]):
                     tensors[key_of(number, stage)] = {
-                        symbol: self._add_slot(tensors["weight"], slot)
+                        symbol: self._add_slot(tensors["weight"], slot, stage.scope)
                         for symbol, slot in slots.items()
                     }
         return state, parts
@@ -188,10 +188,11 @@ class Building(keras.optimizers.Optimizer):
         """
         return [self.part(path, shape) for path, shape in variables]
 
-    def _add_slot(self, weight: Any, slot: Slot) -> Any:
+    def _add_slot(self, weight: Any, slot: Slot, scope: str = REPLICATED) -> Any:
         shape = shape_of(weight)
         has_meaning = slot.name in ("average", "compensation")  # of another one there
-        if slot.shape is None and not slot.starts_at_weight and not has_meaning:
+        is_usual = slot.shape is None and scope == REPLICATED
+        if is_usual and not slot.starts_at_weight and not has_meaning:
             start = slot.start
             return self.add_variable_from_reference(
                 weight,
@@ -205,6 +206,7 @@ class Building(keras.optimizers.Optimizer):
             shape if slot.shape is None else slot.shape(shape),
             slot.starts_at_weight,
             slot.start if callable(slot.start) else _filled_with(slot.start),
+            scope,
         )
 
     def add_variable_from_reference(
@@ -235,6 +237,7 @@ class Building(keras.optimizers.Optimizer):
         shape: Any,
         starts_at_weight: bool,
         initializer: Any = "zeros",
+        scope: str = REPLICATED,
     ) -> Any:
         # Else it starts there at the variable's first update.
         if starts_at_weight and self._engine.has_value(weight):
@@ -245,14 +248,29 @@ class Building(keras.optimizers.Optimizer):
 
         path = path_of(weight).replace("/", "_").replace(":", "_")
         same_shape = tuple(shape) == shape_of(weight)
+        options = {
+            "shape": shape,
+            "initializer": initializer,
+            "dtype": dtype,
+            "name": f"{path}_{name}",
+            "layout": _layout_of(weight) if same_shape else None,
+        }
         with self._engine.colocated(weight):
-            return self.add_variable(
-                shape=shape,
-                initializer=initializer,
-                dtype=dtype,
-                name=f"{path}_{name}",
-                layout=_layout_of(weight) if same_shape else None,
+            if scope == REPLICATED:
+                return self.add_variable(**options)
+            return self._add_variable_per_replica(**options)
+
+    def _add_variable_per_replica(self, **options: Any) -> Any:
+        """A variable of which each replica has another value; files hold their sum."""
+        with keras.name_scope(self.name, caller=self):
+            variable = keras.Variable(
+                **options,
+                trainable=False,
+                aggregation="sum",
+                synchronization="on_read",
             )
+        self._track_variable(variable)
+        return variable
 
 
 def _filled_with(value: float) -> Callable:

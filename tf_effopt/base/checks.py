@@ -22,8 +22,8 @@ def checked_transforms(transforms: Any) -> tuple[Stage, ...]:
     if wrong or bad:
         raise ValueError(
             "`transforms` must be a list of instances of "
-            "`tf_effopt.transforms.Transform`, or of `tf_effopt.Stage` on the gradient "
-            "or the update, each for this optimizer only. Stages on weights are passed "
+            "`tf_effopt.transforms.Transform`, or of `tf_effopt.Stage` on what is sent, "
+            "the gradient or the update, each for this optimizer only. Stages on weights are passed "
             f"in `averaging`. Received: {bad!r}"
         )
     return tuple(transforms)

@@ -15,7 +15,7 @@ import numpy as np
 
 from tf_effopt import hyperparameters as hp
 from tf_effopt import runtime
-from tf_effopt.base import copies, overrides, representation, summary
+from tf_effopt.base import copies, overrides, representation
 from tf_effopt.base.applying import Applying
 from tf_effopt.base.arguments import check_attribute, unknown_argument
 from tf_effopt.base.building import Building
@@ -33,6 +33,7 @@ from tf_effopt.base.checks import (
 from tf_effopt.base.configurable import Configurable, current_value
 from tf_effopt.base.evaluation import Evaluating
 from tf_effopt.base.groups import Group, checked_groups
+from tf_effopt.base.reporting import Reporting
 from tf_effopt.base.selection import Selection, decay_exclusions
 from tf_effopt.base.stage import Stage
 from tf_effopt.rules import Evaluation, ModelRule, Part, Slots
@@ -46,6 +47,7 @@ class Optimizer(
     Evaluating,
     CarryingOver,
     Saving,
+    Reporting,
     Configurable,
     keras.optimizers.Optimizer,
 ):
@@ -363,30 +365,6 @@ class Optimizer(
                 "holds the choice."
             )
         self._decay_exclusions = decay_exclusions(var_list, var_names)
-
-    def describe(self, of: Any = None) -> str:
-        """A table of the variables: shape, rule, learning rate, weight decay.
-
-        The learning rate is the multiplier of the variable's groups, as it is now.
-        Works before the first step, too, for the model that was compiled with this
-        optimizer.
-
-        Args:
-            of: a model, or a list of variables, to see what this optimizer would do
-                with them. None: the variables that it was built on, or those of the
-                model that was compiled with it. If there is none, or several, the
-                text says so after the optimizer's settings.
-
-        >>> import keras, tf_effopt
-        >>> model = keras.Sequential(
-        ...     [keras.Input((8,)), keras.layers.Dense(2, name="logits")], name="small")
-        >>> print(tf_effopt.AdamW(groups=[
-        ...     tf_effopt.Group("bias", weight_decay=0.0)]).describe(model))
-        variable             shape   learning rate  weight decay
-        small/logits/kernel  (8, 2)  x 1            0.004
-        small/logits/bias    (2,)    x 1            0
-        """
-        return summary.described(self, of)
 
 
 Optimizer.__init__.made_of_fields = True  # A subclass that declares more gets its own.

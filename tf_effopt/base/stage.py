@@ -11,13 +11,16 @@ import keras
 from tf_effopt.base import overrides, representation
 from tf_effopt.base.arguments import constructor_arguments
 from tf_effopt.base.configurable import Settings
+from tf_effopt.engine.sent import SENT
 from tf_effopt.rules import ModelRule, Slots
 
-# Of a gradient, before the rule; of the step that the rule wants to take; of the
-# weight that is about to be written; of the weight after the update.
-PLACES = ("gradient", "update", "write", "average")
-OF_TRANSFORMS = ("gradient", "update")
+# What a replica sends of its gradient; the gradient before the rule; the step that the
+# rule wants to take; the weight that is about to be written; that after the update.
+PLACES = (SENT, "gradient", "update", "write", "average")
+OF_TRANSFORMS = (SENT, "gradient", "update")
 OF_AVERAGING = ("write", "average")
+# Whose a stage's slots are: all replicas have the same, or each has different ones.
+REPLICATED, PER_REPLICA = "replicated", "per_replica"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Stage(Settings):
     A subclass sets:
 
     - `where`, what its function gets as `x` and returns changed:
+      `"sent"`: the gradient of one replica, before the sum over replicas;
       `"gradient"`: the gradient, summed over replicas, accumulated and clipped, before
       the rule; `"update"`: the step that the rule wants to add to the weight;
       `"write"`: the new weight before it is rounded to the weight's dtype; `"average"`:
@@ -71,7 +75,7 @@ class Stage(Settings):
       narrower weights. It is saved after the rule's slots. A slot that
       `starts_at_weight` starts at the weight before its first update.
 
-    The first two are passed to an optimizer in `transforms=[...]`, the last two in
+    The first three are passed to an optimizer in `transforms=[...]`, the last two in
     `averaging=`. Keyword-only arguments come by name: hyperparameters of the class,
     numbers of its `model_rule`, `w` (the weight before the step; in `"average"` after
     it), `t` (the number of this update, from 1; in `"average"` an integer),
@@ -82,9 +86,19 @@ class Stage(Settings):
     and `rounded`, a function that rounds to the weight's dtype and back. Write functions
     with operators and `keras.ops`.
 
+    A function at `"sent"` sees, at each micro-step, what this replica adds to the sum:
+    with Keras's `fit`, its share of the batch's mean gradient, loss scaling undone. With
+    one replica, and on JAX and PyTorch, that is the whole gradient. What it returns is
+    summed in the dtype that it has. Its slots have the scope `"per_replica"`: each
+    replica has different ones. Saving them forms their sum, so that every worker has to
+    save; loading divides it evenly. So an error that is fed back, such as what a
+    rounding lost, is complete on any number of replicas.
+
     Further settings of a class:
 
-    - `model_rule`: a `tf_effopt.rules.ModelRule`, for numbers of the whole model. If
+    - `reports`: names of slots of its `model_rule`, which `optimizer.reports()` shows;
+    - `model_rule`: a `tf_effopt.rules.ModelRule`, for numbers of the whole model; not
+      at `"sent"`, where no replica knows the others. If
       its numbers include `skip`, set `decides = True`: a step for which it is
       true changes no weight, slot, average or update count;
     - `clips`: whether gradients of which the squares overflow may come out so small
@@ -102,7 +116,8 @@ class Stage(Settings):
         A subclass takes its hyperparameters, in the order of their declarations.
 
     Raises:
-        TypeError: `where` isn't one of the four, or an argument isn't known.
+        TypeError: `where` isn't one of the five, a report isn't a slot of the
+            `model_rule`, or an argument isn't known.
     """
 
     where: ClassVar[str | None] = None
@@ -110,6 +125,7 @@ class Stage(Settings):
     slots: ClassVar[Slots] = Slots()
     model_rule: ClassVar[ModelRule | None] = None
     look: ClassVar[Callable | None] = None
+    reports: ClassVar[tuple[str, ...]] = ()
     decides = False
     clips = False
     elementwise = False
@@ -124,6 +140,26 @@ class Stage(Settings):
                 f"`where` of {cls.__name__} must be one of {places}. "
                 f"Received: where = {cls.where!r}"
             )
+        if cls.where == SENT and not (cls.model_rule is None and cls.look is None):
+            raise TypeError(
+                f"{cls.__name__} works on what one replica sends, where numbers of the "
+                "whole model aren't known yet: leave `model_rule` and `look` out, or set "
+                "`where` to 'gradient'."
+            )
+        # A `model_rule` may be a property, which depends on arguments.
+        if cls.model_rule is None or isinstance(cls.model_rule, ModelRule):
+            known = () if cls.model_rule is None else tuple(cls.model_rule.slots)
+            for name in cls.reports:
+                if name not in known:
+                    raise TypeError(
+                        f"`reports` of {cls.__name__} must be slots of its `model_rule`: "
+                        f"{', '.join(known) or 'it has none'}. Received: {name!r}"
+                    )
+
+    @property
+    def scope(self) -> str:
+        """Whose its slots are: `"replicated"`, or `"per_replica"` at `"sent"`."""
+        return PER_REPLICA if self.where == SENT else REPLICATED
 
     def __setattr__(self, name: str, value: Any) -> None:
         overrides.check_assignment(self, name, {})

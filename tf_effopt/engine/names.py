@@ -20,6 +20,7 @@ from tf_effopt.engine.plan import (
     UnknownArgument,
     smallest_of_each,
 )
+from tf_effopt.engine.sent import sent
 from tf_effopt.state.variables import dtype_name, shape_of
 
 
@@ -55,8 +56,10 @@ def check_names(
         for v in chosen
     ]
     gradients = [ops.zeros(v.shape, v.compute_dtype) for v in chosen]
+    inputs = Inputs(plan, chosen, zeros, gradients, scalars)
     try:
-        stages.run_without_branch(Inputs(plan, chosen, zeros, gradients, scalars))
+        sent(inputs)
+        stages.run_without_branch(inputs)
     except UnknownArgument:
         raise
     except Exception:  # noqa: BLE001  # The first step raises it, with its values.

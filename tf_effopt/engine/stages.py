@@ -174,7 +174,7 @@ def _step(inputs: Inputs) -> tuple[list[dict], Outcome]:
         # Of a step that is skipped only those that decide about it keep a memory.
         deciding = {x.owner for x in plan.stages if x.decides}
         remembered = {k: x for k, x in decided.model.items() if k in deciding}
-        model_before = _where(proceed, scalars.model | remembered, scalars.model)
+        model_before = where(proceed, scalars.model | remembered, scalars.model)
         proceed = ops.logical_and(proceed, ops.logical_not(skips))
     else:
         model_before = scalars.model
@@ -197,14 +197,14 @@ def _step(inputs: Inputs) -> tuple[list[dict], Outcome]:
     unchanged = (before, model_before, mark)
     if scalars.present is not None:
         after, arguments, others = update(inputs.of_step(proceed))
-        model, mark = _where(proceed, others, unchanged[1:])
-        after = _where(proceed, averaged(inputs, after, arguments), after)
+        model, mark = where(proceed, others, unchanged[1:])
+        after = where(proceed, averaged(inputs, after, arguments), after)
     elif plan.uses_select:
         after, arguments, others = update(inputs)
-        after, model, mark = _where(proceed, (after, *others), unchanged)
+        after, model, mark = where(proceed, (after, *others), unchanged)
         # Of the weights that are kept: XLA makes one loop of a tensor's update only
         # if what leads to an output is one itself.
-        after = _where(proceed, averaged(inputs, after, arguments), after)
+        after = where(proceed, averaged(inputs, after, arguments), after)
     else:
         after, model, mark = ops.cond(proceed, whole_update, lambda: unchanged)
     if n > 1:
@@ -236,7 +236,7 @@ def run_without_branch(inputs: Inputs) -> list[dict]:
     return averaged(inputs, after, arguments)
 
 
-def _where(condition: Any, one: Any, other: Any) -> Any:
+def where(condition: Any, one: Any, other: Any) -> Any:
     """`ops.where` over nested tensors, where they aren't the same ones."""
     return tree.map_structure(
         lambda x, y: x if x is y else ops.where(condition, x, y), one, other

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tf_effopt.engine.sent import common_slots, own_slots
 from tf_effopt.runtime import xla
 from tf_effopt.runtime.base import Engine
 from tf_effopt.runtime.missing_gradients import MissingGradients
@@ -34,6 +35,7 @@ class Programs:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.by_set: dict[tuple, list[Program]] = {}
+        self._of_sent: dict[tuple, list[Program]] = {}
         self._usual_sets: dict[tuple, tuple] = {}  # the first set of each place
         self._missing_gradients = MissingGradients(engine.variables)
         self._warned_of: set[tuple[str, str]] = set()
@@ -78,35 +80,62 @@ class Programs:
         present[indices] = True
         return self.by_set[any_set], filled, tf.constant(present)
 
+    def of_sent(self, indices: list[int]) -> list[Program]:
+        """Those of the stages on what is sent, for gradients of these variables."""
+        key = self._device_of(indices[0]), watchers(), tuple(indices)
+        if key not in self._of_sent:
+            self._of_sent[key] = [
+                self._program(device, members, indices, of_sent=True)
+                for device, members in self._by_device(indices).items()
+            ]
+        return self._of_sent[key]
+
     def _device_of(self, index: int) -> str:
         """Where a variable is, on this replica."""
         return local_component(self.engine.state[index]["weight"]).device
 
     def _made(self, indices: list[int]) -> list[Program]:
-        positions = {index: position for position, index in enumerate(indices)}
+        moved = self.engine.variables_to_update(indices)
+        return [
+            self._program(device, members, indices)
+            for device, members in self._by_device(moved).items()
+        ]
+
+    def _by_device(self, indices: list[int]) -> dict[str, list[int]]:
         devices: dict[str, list[int]] = {}
-        for i in self.engine.variables_to_update(indices):
+        for i in indices:
             devices.setdefault(self._device_of(i), []).append(i)
+        return devices
+
+    def _program(
+        self, device: str, members: list[int], indices: list[int], of_sent: bool = False
+    ) -> Program:
+        """The program of these members, which takes gradients of `indices`.
+
+        Args:
+            of_sent: whether it runs the stages on what is sent, not the update.
+        """
+        positions = {index: position for position, index in enumerate(indices)}
+        plan = self.engine.plan
+        select = own_slots if of_sent else common_slots
+        variables = [self.engine.variables[i] for i in members]
+        state = [
+            mapped(local_component, select(plan, self.engine.state[i])) for i in members
+        ]
         is_inlined = compiles_steps(self.engine.strategy)
-        programs = []
-        for device, members in devices.items():
-            variables = [self.engine.variables[i] for i in members]
-            state = [mapped(local_component, self.engine.state[i]) for i in members]
-            is_cpu = tf.DeviceSpec.from_string(device).device_type == "CPU"
-            update = shared_update(
-                device,
-                self.engine.plan,
-                variables,
-                state,
-                is_compiled=not is_inlined
-                and self._compiles_on(device, variables, state),
-                is_inlined=is_inlined,
-                stacks_matrices=not is_cpu or is_inlined,
-                replicas=self.engine.strategy.num_replicas_in_sync,
-            )
-            positions_here = [positions.get(i) for i in members]
-            programs.append(Program(update, state, positions_here))
-        return programs
+        is_cpu = tf.DeviceSpec.from_string(device).device_type == "CPU"
+        update = shared_update(
+            device,
+            plan,
+            variables,
+            state,
+            is_compiled=not (is_inlined or of_sent)
+            and self._compiles_on(device, variables, state),
+            is_inlined=is_inlined,
+            stacks_matrices=not is_cpu or is_inlined,
+            replicas=self.engine.strategy.num_replicas_in_sync,
+        )
+        return Program(update, state, [positions.get(i) for i in members])
 
     def _compiles_on(self, device: str, variables: list, state: list[dict]) -> bool:
         """Whether XLA can run this optimizer's update on `device`."""

@@ -16,6 +16,8 @@ from keras import ops
 from tf_effopt.engine import stages
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.plan import Scalars
+from tf_effopt.engine.sent import SENT, common_slots, own_slots, sent
+from tf_effopt.engine.stages import where
 from tf_effopt.runtime.base import Engine, values
 
 
@@ -73,13 +75,17 @@ class PortableEngine(Engine):
         gradients = [by_index.get(i) for i in indices]
         state = [self.state[i] for i in indices]
         variables = [self.variables[i] for i in indices]
-        before = [values(tensors) for tensors in state]
-        optimizer = self.optimizer
+        optimizer, scalars = self.optimizer, self.scalars()
+        gradients, slots = self._sent(indices, gradients, scalars)
+        before = [values(common_slots(self.plan, tensors)) for tensors in state]
         after, outcome = stages.step(
-            Inputs(self.plan, variables, before, gradients, self.scalars())
+            Inputs(self.plan, variables, before, gradients, scalars)
         )
-        for variables, tensors in zip(state, after, strict=True):
-            _assign(variables, tensors)
+        for tensors, new in zip(state, after, strict=True):
+            _assign(tensors, new)
+        for i, new in slots.items():
+            old = values({key: self.state[i][key] for key in new})
+            _assign(self.state[i], where(outcome.counted > 0, new, old))
         _assign(self.model_state, outcome.model)
         if self.backend == "torch":
             self._skipped += int(not outcome.finite)
@@ -90,6 +96,26 @@ class PortableEngine(Engine):
             self.count_missed(absent, self.updates_between(before, after))
         optimizer._iterations.assign(after)
         return outcome.finite
+
+    def _sent(
+        self, indices: list[int], gradients: list[Any], scalars: Scalars
+    ) -> tuple[list[Any], dict[int, dict]]:
+        """Gradients after the stages on what is sent; index -> next slots of these."""
+        if not any(self.plan.at(SENT)):
+            return gradients, {}
+        given = [i for i, g in zip(indices, gradients, strict=True) if g is not None]
+        changed, slots = sent(
+            Inputs(
+                self.plan,
+                [self.variables[i] for i in given],
+                [values(own_slots(self.plan, self.state[i])) for i in given],
+                [g for g in gradients if g is not None],
+                scalars,
+            )
+        )
+        by_index = dict(zip(given, changed, strict=True))
+        after = dict(zip(given, slots, strict=True))
+        return [by_index.get(i) for i in indices], after
 
     def count_missed(self, indices: list[int], updates: Any) -> None:
         if self.backend == "jax":
@@ -114,12 +140,12 @@ class PortableEngine(Engine):
         return self._skipped if self.backend == "torch" else None
 
 
-def _assign(tensors: dict, values: dict) -> None:
-    for k, x in tensors.items():
-        if isinstance(x, dict):
-            _assign(x, values[k])
+def _assign(variables: dict, values: dict) -> None:
+    for k, value in values.items():
+        if isinstance(value, dict):
+            _assign(variables[k], value)
         else:
-            x.assign(values[k])
+            variables[k].assign(value)
 
 
 def _no_grad(backend: str) -> contextlib.AbstractContextManager:

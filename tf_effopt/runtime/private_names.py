@@ -97,6 +97,7 @@ OPTIMIZER = (
     "_learning_rate",
     "_overwrite_variable_with_gradient",
     "_overwrite_variables_directly_with_gradients",
+    "_track_variable",
     "_trainable_variables",
     "_trainable_variables_indices",
     "_var_key",

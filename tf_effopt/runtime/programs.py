@@ -15,6 +15,7 @@ from tf_effopt.engine.arguments import Arguments
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.matrices import Share
 from tf_effopt.engine.plan import Plan, Scalars, TrainedVariable
+from tf_effopt.engine.sent import sent
 from tf_effopt.engine.sparse import SparseRows
 from tf_effopt.runtime.flat_function import FlatFunction, function_of
 from tf_effopt.runtime.sparse_input import is_sparse
@@ -69,6 +70,8 @@ class Update:
         self.run = self._function(self._run)
         self.measure = self._function(self._measure)
         self.matrix_share = self._function(self._matrix_share)
+        self.sent = self._function(self._sent)
+        self.keep = self._function(self._keep)
 
     def _function(self, python_function: Callable) -> Callable:
         if self.is_inlined:
@@ -136,6 +139,20 @@ class Update:
         return stages.matrix_share(
             self._inputs(flat_state, gradients, scalars, totals), share
         )
+
+    def _sent(
+        self, flat_state: list[Any], gradients: list[Any], scalars: tuple
+    ) -> tuple[list[Any], list[dict]]:
+        return sent(self._inputs(flat_state, gradients, scalars, None))
+
+    def _keep(self, flat_state: list[Any], after: list[dict], is_due: Any) -> None:
+        state = self._nested(flat_state)
+        before = tf.nest.map_structure(_read, state, self.kinds)
+        for own, old, new in zip(state, before, after, strict=True):
+            now = tf.nest.map_structure(
+                lambda x, y: tf.where(is_due, x, y), new, {k: old[k] for k in new}
+            )
+            assign(own, old, old | now)
 
 
 def shared_update(
@@ -252,6 +269,18 @@ class Program:
                 totals,
                 tf.convert_to_tensor(replica),
             )
+
+    def sent(self, gradients: list[Any], scalars: Scalars) -> tuple[list, list[dict]]:
+        """What this replica sends of these gradients, and its next slots."""
+        with tf.device(self.device):
+            return self.update.sent(
+                self.flat_state, self._own(gradients), plain(scalars)
+            )
+
+    def keep(self, after: list[dict], is_due: Any) -> None:
+        """Writes what `sent` returned, if `is_due`."""
+        with tf.device(self.device):
+            self.update.keep(self.flat_state, after, is_due)
 
     def measure(
         self, phase: str, gradients: list[Any], scalars: Scalars, totals: dict

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import tensorflow as tf
 
 from tf_effopt.engine import stages
 from tf_effopt.engine.plan import OPTIMIZER, Scalars
+from tf_effopt.engine.sent import SENT
 from tf_effopt.runtime import reduction
 from tf_effopt.runtime.base import Engine
 from tf_effopt.runtime.choice import Programs, compiles_steps
@@ -73,6 +75,7 @@ class TensorFlowEngine(Engine):
     def finish_build(self) -> None:
         self.is_lazy = self.optimizer.lazy
         self.programs = Programs(self)
+        self._changes_sent = any(self.plan.at(SENT))
         is_for_tpu = compiles_steps(self.strategy)
         self.plan = dataclasses.replace(self.plan, is_for_tpu=is_for_tpu)
         only_first = tf.VariableAggregation.ONLY_FIRST_REPLICA
@@ -104,7 +107,8 @@ class TensorFlowEngine(Engine):
     def apply(self, gradients: list[Any], indices: list[int]) -> Any:
         self._check_context()
         received = map(self._received, gradients, indices)
-        received = self._all_reduce_gradients(list(received))
+        sent, remember = self._sent(list(received), indices)
+        received = self._all_reduce_gradients(sent)
         programs, gradients, present = self.programs.of(received, indices)
         optimizer, scalars = self.optimizer, self.scalars(present)
         if len(programs) == 1:
@@ -133,6 +137,7 @@ class TensorFlowEngine(Engine):
         ]
         outcome = outcomes[0]  # that of all devices is the same
         assign(mapped(local_component, self.model_state), scalars.model, outcome.model)
+        remember(outcome)
         absent = self.without_gradient(indices)
         if absent:
             before = scalars.iterations
@@ -172,6 +177,27 @@ class TensorFlowEngine(Engine):
         # This sums rows that occur twice, before anything non-linear.
         rows = tf.IndexedSlices(gradient.values, gradient.indices, tf.constant(shape))
         return tf.convert_to_tensor(rows)
+
+    def _sent(
+        self, gradients: list[Any], indices: list[int]
+    ) -> tuple[list[Any], Callable[[stages.Outcome], None]]:
+        """What this replica sends, and what writes its slots if a step is taken."""
+        if not self._changes_sent:
+            return gradients, lambda outcome: None
+        scalars = self.scalars()
+        programs = self.programs.of_sent(indices)
+        results = [program.sent(gradients, scalars) for program in programs]
+        changed = list(gradients)
+        for program, (own, _) in zip(programs, results, strict=True):
+            for position, g in zip(program.positions, own, strict=True):
+                changed[position] = g
+
+        def remember(outcome: stages.Outcome) -> None:
+            is_taken = outcome.counted > 0
+            for program, (_, slots) in zip(programs, results, strict=True):
+                program.keep(slots, is_taken)
+
+        return changed, remember
 
     def _all_reduce_gradients(self, gradients: list[Any]) -> list[Any]:
         if self.strategy.num_replicas_in_sync == 1:

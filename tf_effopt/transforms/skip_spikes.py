@@ -82,6 +82,7 @@ class SkipSpikes(Transform):
         },
         measure=measure_squared_norm,
     )
+    reports = ("mean", "skipped")
     decides = True
     factor: FloatOrSchedule = Positive(default=5.0)
     decay: FloatOrSchedule = DecayRate(default=0.98)

@@ -107,6 +107,7 @@ class ZClip(Transform):
         },
         measure=measure_squared_norm,
     )
+    reports = ("mean", "variance")
     before = staticmethod(clipping.multiplied)
     clips = True
     z_threshold: FloatOrSchedule = Positive(default=2.5)
