@@ -113,6 +113,19 @@ TRANSFORMS = {
     "skip_spikes": lambda: SkipSpikes(factor=1.01, decay=0.5, warmup_steps=2),
 }
 
+
+class SentMomentum(tf_effopt.Stage):
+    """Linear, so that the sum over replicas is that of one."""
+
+    where = "sent"
+    slots = tf_effopt.rules.Slots(m="sent_momentum")
+
+    @staticmethod
+    def function(g, slots):
+        m = 0.5 * slots["m"] + g
+        return m, {"m": m}
+
+
 AVERAGES = {"lookahead": lambda: Lookahead(period=3, step_size=0.6)}
 
 # Name -> arguments of an optimizer with one stage.

@@ -20,7 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
-from cases import STAGES, programs_of, traces
+from cases import STAGES, SentMomentum, programs_of, traces
 
 import tf_effopt
 from tf_effopt.optimizers import muon
@@ -565,16 +565,7 @@ def what_each_replica_sends():
 def what_each_replica_sends_in_fit():
     """A linear stage: the sum over replicas is that of one device."""
 
-    class Momentum(tf_effopt.Stage):
-        where = "sent"
-        slots = tf_effopt.rules.Slots(m="sent_momentum")
-
-        @staticmethod
-        def function(g, slots):
-            m = 0.5 * slots["m"] + g
-            return m, {"m": m}
-
-    return compare(lambda: adam(global_clipnorm=0.1, transforms=[Momentum()])())
+    return compare(lambda: adam(global_clipnorm=0.1, transforms=[SentMomentum()])())
 
 
 def infinite_sum():

@@ -19,7 +19,7 @@ if "--without-tensorflow" in sys.argv:
 
 import keras
 import numpy as np
-from cases import CASES, falling
+from cases import CASES, SentMomentum, falling
 
 import tf_effopt
 
@@ -73,19 +73,6 @@ OPTIONS = {
 }
 # Each case runs with these, "adam" with all.
 OF_EACH = ("all_at_once", "slots")
-
-
-@keras.saving.register_keras_serializable("tests")
-class SentMomentum(tf_effopt.Stage):
-    """Linear, so that the sum over replicas is that of one."""
-
-    where = "sent"
-    slots = tf_effopt.rules.Slots(m="sent_momentum")
-
-    @staticmethod
-    def function(g, slots):
-        m = 0.5 * slots["m"] + g
-        return m, {"m": m}
 
 
 def groups() -> list[tf_effopt.Group]:

@@ -23,8 +23,8 @@ def checked_transforms(transforms: Any) -> tuple[Stage, ...]:
         raise ValueError(
             "`transforms` must be a list of instances of "
             "`tf_effopt.transforms.Transform`, or of `tf_effopt.Stage` on what is sent, "
-            "the gradient or the update, each for this optimizer only. Stages on weights are passed "
-            f"in `averaging`. Received: {bad!r}"
+            "the gradient or the update, each for this optimizer only. Stages on "
+            f"weights are passed in `averaging`. Received: {bad!r}"
         )
     return tuple(transforms)
 

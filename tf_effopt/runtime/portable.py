@@ -17,7 +17,6 @@ from tf_effopt.engine import stages
 from tf_effopt.engine.inputs import Inputs
 from tf_effopt.engine.plan import Scalars
 from tf_effopt.engine.sent import SENT, common_slots, own_slots, sent
-from tf_effopt.engine.stages import where
 from tf_effopt.runtime.base import Engine, values
 
 
@@ -85,7 +84,7 @@ class PortableEngine(Engine):
             _assign(tensors, new)
         for i, new in slots.items():
             old = values({key: self.state[i][key] for key in new})
-            _assign(self.state[i], where(outcome.counted > 0, new, old))
+            _assign(self.state[i], stages.where(outcome.counted > 0, new, old))
         _assign(self.model_state, outcome.model)
         if self.backend == "torch":
             self._skipped += int(not outcome.finite)

@@ -149,9 +149,7 @@ class Update:
         state = self._nested(flat_state)
         before = tf.nest.map_structure(_read, state, self.kinds)
         for own, old, new in zip(state, before, after, strict=True):
-            now = tf.nest.map_structure(
-                lambda x, y: tf.where(is_due, x, y), new, {k: old[k] for k in new}
-            )
+            now = stages.where(is_due, new, {key: old[key] for key in new})
             assign(own, old, old | now)
 
 
